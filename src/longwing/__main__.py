@@ -1,0 +1,5 @@
+"""`python -m longwing`."""
+
+from longwing.cli import main
+
+main()
