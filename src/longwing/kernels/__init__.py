@@ -1,0 +1,43 @@
+"""Tensors in, tensors out: the arithmetic that models are made of. Knows no model and no file.
+
+Every function here is first written in plain PyTorch, which is its meaning and the CPU path; faster
+forms are added beside it and held to it by tests.
+"""
+
+from longwing.kernels.attention import (
+    AttentionInputs,
+    AttentionSpec,
+    KVPages,
+    alibi_slopes,
+    attend,
+    paged_attention,
+    rotate,
+    write_kv,
+)
+from longwing.kernels.wna16 import (
+    BITS,
+    DEQUANTISE_TILE,
+    PackedWeight,
+    dequantize,
+    pack,
+    packed_matmul,
+    unpack,
+)
+
+__all__ = [
+    "BITS",
+    "DEQUANTISE_TILE",
+    "AttentionInputs",
+    "AttentionSpec",
+    "KVPages",
+    "PackedWeight",
+    "alibi_slopes",
+    "attend",
+    "dequantize",
+    "pack",
+    "packed_matmul",
+    "paged_attention",
+    "rotate",
+    "unpack",
+    "write_kv",
+]
