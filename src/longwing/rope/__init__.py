@@ -1,0 +1,26 @@
+"""Rotary positions: settings (`config`), frequencies (`methods`), lengths and tables (`tables`).
+
+Left to others: rotating queries and keys with a table (`kernels`), and deciding how much context to
+serve (`engine`).
+
+The idea to know before reading on: some methods depend on the length L that is served. If L
+followed the longest sequence of a batch, an answer would depend on its neighbours, and keys already
+cached would carry rotations that no longer match. So L is chosen once per sequence, from prompt +
+answer, rounded up to a published ladder of rungs, and holds for that sequence's life. Whoever
+shares cached keys between sequences compares (RopeConfig, rung); both can be hashed.
+"""
+
+from longwing.rope.config import MEANING, RopeConfig
+from longwing.rope.methods import METHODS, frequencies
+from longwing.rope.tables import RotaryTables, explain, ladder, rung_for
+
+__all__ = [
+    "MEANING",
+    "METHODS",
+    "RopeConfig",
+    "RotaryTables",
+    "explain",
+    "frequencies",
+    "ladder",
+    "rung_for",
+]
