@@ -1,0 +1,46 @@
+"""`Attention`: rotate, remember, attend. The same layer with and without a cache.
+
+Projections are the model's business; pages and their owners are the engine's.
+
+Shape key: T packed tokens, N query heads, K KV heads, H head dim, F = H / 2.
+"""
+
+from torch import Tensor, nn
+
+from longwing.kernels import (
+    AttentionInputs,
+    AttentionSpec,
+    attend,
+    paged_attention,
+    rotate,
+    write_kv,
+)
+
+Rotation = tuple[Tensor, Tensor]
+"""cos_TF and sin_TF: how each token's queries and keys are turned."""
+
+
+class Attention(nn.Module):
+    """Causal attention: over the given tokens alone without `inputs`, over pages with them."""
+
+    def __init__(self, layer: int, spec: AttentionSpec) -> None:
+        super().__init__()
+        self.layer = layer
+        self.spec = spec
+
+    def forward(
+        self,
+        q_TNH: Tensor,
+        k_TKH: Tensor,
+        v_TKH: Tensor,
+        rotation: Rotation | None,
+        inputs: AttentionInputs | None,
+    ) -> Tensor:
+        """Returns (T, N * H)."""
+        if rotation is not None:
+            q_TNH, k_TKH = rotate(q_TNH, *rotation), rotate(k_TKH, *rotation)
+        if inputs is None:
+            return attend(q_TNH, k_TKH, v_TKH, self.spec).flatten(1)
+        pages = inputs.pages[self.layer]
+        write_kv(k_TKH, v_TKH, pages, inputs.slots_T)
+        return paged_attention(q_TNH, pages, inputs, self.spec).flatten(1)

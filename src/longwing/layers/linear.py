@@ -1,0 +1,86 @@
+"""`Linear`, dense or packed behind one face, and `Embedding`.
+
+Which of the two a linear is, its tensors say: the loader either fills `weight` or calls
+`set_packed`. Nothing above asks.
+
+Shape key: T packed tokens, I in features, O out features, V vocabulary, D model dim; K, N, G, W as
+in kernels/wna16.py.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from longwing.kernels import PackedWeight, dequantize, packed_matmul
+
+
+class Linear(nn.Module):
+    """x @ weight.T + bias, (T, I) -> (T, O), with a dense or a packed weight."""
+
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
+
+    def __init__(self, in_features: int, out_features: int, *, bias: bool) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+        self._bits = self._group_size = 0
+
+    @property
+    def packed(self) -> PackedWeight | None:
+        """The packed weight, or None when the weight is dense."""
+        if self.weight is not None:
+            return None
+        return PackedWeight(
+            bits=self._bits,
+            group_size=self._group_size,
+            qweight_WN=self.get_buffer("qweight"),
+            zeros_GN=self.get_buffer("zeros"),
+            scales_GN=self.get_buffer("scales"),
+            g_idx_K=self.get_buffer("g_idx") if self._buffers["g_idx"] is not None else None,
+        )
+
+    def set_packed(self, packed: PackedWeight) -> None:
+        """Replace the weight by a packed one of the same shape; the tensors become buffers."""
+        self.weight = None
+        self._bits, self._group_size = packed.bits, packed.group_size
+        self.register_buffer("qweight", packed.qweight_WN)
+        self.register_buffer("zeros", packed.zeros_GN)
+        self.register_buffer("scales", packed.scales_GN)
+        self.register_buffer("g_idx", packed.g_idx_K)
+
+    def set_dense(self, packed: PackedWeight, dtype: torch.dtype) -> None:
+        """Fill `weight` with the values of a packed matrix."""
+        dense_OI = dequantize(packed, dtype).T.contiguous()
+        self.weight = nn.Parameter(dense_OI, requires_grad=False)
+
+    def forward(self, x_TI: Tensor) -> Tensor:
+        """(T, I) -> (T, O), in x's dtype."""
+        if self.weight is not None:
+            return F.linear(x_TI, self.weight, self.bias)
+        packed = self.packed
+        if packed is None:  # unreachable: weight is None exactly when packed is set
+            raise RuntimeError("a Linear with neither a dense nor a packed weight")
+        out_TO = packed_matmul(x_TI, packed)
+        return out_TO if self.bias is None else out_TO + self.bias
+
+    def extra_repr(self) -> str:
+        """Sizes and format, for print(model)."""
+        kind = "dense" if self.weight is not None else f"{self._bits}-bit group {self._group_size}"
+        return f"{self.in_features} -> {self.out_features}, {kind}"
+
+
+class Embedding(nn.Module):
+    """Token ids to vectors, (T,) -> (T, D)."""
+
+    weight: nn.Parameter
+
+    def __init__(self, vocab_size: int, hidden_size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size))
+
+    def forward(self, tokens_T: Tensor) -> Tensor:
+        """(T,) -> (T, D)."""
+        return F.embedding(tokens_T, self.weight)

@@ -1,0 +1,18 @@
+"""Models: a config, a module over packed tokens, and the way from a folder to one."""
+
+from longwing.models.config import ModelConfig
+from longwing.models.decoder import Decoder
+from longwing.models.inventory import Inventory, take_inventory
+from longwing.models.loader import ARCHITECTURES, DTYPES, empty_model, load_model, with_rope
+
+__all__ = [
+    "ARCHITECTURES",
+    "DTYPES",
+    "Decoder",
+    "Inventory",
+    "ModelConfig",
+    "empty_model",
+    "load_model",
+    "take_inventory",
+    "with_rope",
+]

@@ -1,0 +1,110 @@
+"""`Decoder`: what every model is to the rest of the house, whatever its family.
+
+Token ids in, hidden states out, logits on request. Families fill in blocks and say what their
+tensors are called; module names are the checkpoint's tensor names, so no map between the two
+exists.
+
+Shape key: T packed tokens, D model dim, V vocabulary, F rotary frequencies.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from longwing.kernels import AttentionInputs
+from longwing.layers import Embedding, Linear, Rotation
+from longwing.models.config import ModelConfig
+from longwing.rope import RotaryTables
+
+
+class Decoder(nn.Module):
+    """A decoder-only language model over packed tokens.
+
+    The same object serves inference (with `inputs`: tokens of many sequences, keys and values in
+    pages), calibration and tuning (without: one sequence, causal, nothing remembered).
+
+    Attributes:
+        config: what the model is.
+        context: the longest sequence it is set up for, in tokens.
+        rotary: the RoPE tables of that context; None for ALiBi models.
+        EMBEDDING, BLOCKS, NORM: where a family keeps its parts, as dotted module names.
+    """
+
+    EMBEDDING: str
+    BLOCKS: str
+    NORM: str
+
+    lm_head: Linear
+
+    def __init__(self, config: ModelConfig, context: int) -> None:
+        super().__init__()
+        self.config = config
+        self.context = context
+        self.rotary = RotaryTables(config.rope, context) if config.rope else None
+
+    @property
+    def embedding(self) -> Embedding:
+        """The token embedding."""
+        return self.get_submodule(self.EMBEDDING)  # type: ignore[return-value]
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The decoder blocks, in order; each maps (hidden_TD, rotation, inputs) to hidden_TD."""
+        return self.get_submodule(self.BLOCKS)  # type: ignore[return-value]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights lie."""
+        return self.embedding.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Number type of the hidden states."""
+        return self.embedding.weight.dtype
+
+    def place_tables(self, device: torch.device) -> None:
+        """Make the RoPE tables live where the weights do."""
+        if self.config.rope is not None:
+            self.rotary = RotaryTables(self.config.rope, self.context, device=device)
+
+    def linears(self) -> Iterator[tuple[str, Linear]]:
+        """Every linear map with its checkpoint name, the output head last."""
+        for name, module in self.named_modules():
+            if isinstance(module, Linear):
+                yield name, module
+
+    def forward(
+        self, tokens_T: Tensor, positions_T: Tensor, inputs: AttentionInputs | None = None
+    ) -> Tensor:
+        """Hidden states after the final norm.
+
+        Args:
+            tokens_T: (T,) token ids, sequence after sequence.
+            positions_T: (T,) each token's place in its own sequence.
+            inputs: the sequences and their pages; None means one sequence, causal, without a cache.
+
+        Returns:
+            hidden_TD in the weights' dtype.
+        """
+        hidden_TD = self.embedding(tokens_T)
+        rotation = self.rotation(positions_T, inputs)
+        for block in self.blocks:
+            hidden_TD = block(hidden_TD, rotation, inputs)
+        norm = self.get_submodule(self.NORM)
+        return norm(hidden_TD)
+
+    def logits(self, hidden_TD: Tensor) -> Tensor:
+        """(T, D) -> (T, V) float32."""
+        return self.lm_head(hidden_TD).float()
+
+    def rotation(self, positions_T: Tensor, inputs: AttentionInputs | None) -> Rotation | None:
+        """How each token is turned: as `inputs` says, else by the rung that holds these tokens."""
+        if self.rotary is None:
+            return None
+        if inputs is not None:
+            if inputs.cos_TF is None or inputs.sin_TF is None:
+                raise ValueError("a rotary model needs cos_TF and sin_TF in its attention inputs")
+            return inputs.cos_TF, inputs.sin_TF
+        rung = self.rotary.rung_for(len(positions_T), 0)
+        return self.rotary.rows(rung, positions_T)

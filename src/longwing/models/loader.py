@@ -1,0 +1,208 @@
+"""`load_model`: a folder to a model on a device, or an error before anything is allocated.
+
+Order (cheapest refusal first): settings, then every header, then names, shapes and dtypes against
+what the settings imply, and only then the data, tensor by tensor, with its own checks as it passes.
+
+The peak in host memory is one tensor above what the model itself keeps there.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from longwing.checkpoint import Checkpoint, QuantConfig, read_packed
+from longwing.errors import CheckpointError, ConfigError
+from longwing.layers import Linear
+from longwing.models.config import ModelConfig
+from longwing.models.decoder import Decoder
+from longwing.models.falcon import Falcon
+from longwing.models.inventory import Inventory, take_inventory
+from longwing.models.llama import Llama
+from longwing.rope import RopeConfig
+
+Progress = Callable[[int, int], None]
+"""Called with (bytes done, bytes in all)."""
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def load_model(
+    path: Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    context: int | None = None,
+    rope: RopeConfig | None = None,
+    unpack: bool | None = None,
+    progress: Progress | None = None,
+) -> Decoder:
+    """Load a model from a folder of safetensors, dense or GPTQ.
+
+    Args:
+        path: the folder.
+        device: where the weights go.
+        dtype: number type of dense weights and activations; None is the checkpoint's own on a GPU
+            and float32 on a CPU.
+        context: longest sequence to set up for, in tokens; None is what config.json claims.
+        rope: RoPE settings in place of config.json's.
+        unpack: turn packed weights into dense ones while loading; None does so on a CPU, where
+            multiplying packed weights means unpacking them each time. Needs 32 / bits times the
+            memory in float32.
+        progress: called as bytes are read.
+
+    Raises:
+        CheckpointError: the folder, a file or a tensor is unusable; says which and why.
+    """
+    checkpoint = Checkpoint.open(path)
+    config = ModelConfig.from_hf(checkpoint.config)
+    if rope is not None:
+        config = with_rope(config, rope)
+    model = empty_model(config, context)
+    inventory = take_inventory(model, checkpoint)
+    if inventory.problems:
+        raise inventory.problems[0]
+    device = torch.device(device)
+    on_cpu = device.type == "cpu"
+    if dtype is None:
+        dtype = torch.float32 if on_cpu else DTYPES.get(config.dtype, torch.bfloat16)
+    filler = _Filler(
+        model=model,
+        checkpoint=checkpoint,
+        device=device,
+        dtype=dtype,
+        unpack=on_cpu if unpack is None else unpack,
+        progress=progress,
+    )
+    filler.fill(inventory)
+    model.place_tables(device)
+    return model.eval()
+
+
+def empty_model(config: ModelConfig, context: int | None = None) -> Decoder:
+    """The model without storage: its modules, names and shapes, on the meta device."""
+    with torch.device("meta"):
+        return ARCHITECTURES[config.family](config, context or config.context)
+
+
+def with_rope(config: ModelConfig, rope: RopeConfig) -> ModelConfig:
+    """The same model under other RoPE settings.
+
+    Raises:
+        ConfigError: the model has no rotary positions.
+    """
+    if config.rope is None:
+        raise ConfigError(
+            f"RoPE method {rope.method} asked for, but this model uses ALiBi", file="config.json"
+        )
+    return replace(config, rope=rope)
+
+
+class _Filler:
+    """Gives a storage-less model its tensors, one by one."""
+
+    def __init__(
+        self,
+        *,
+        model: Decoder,
+        checkpoint: Checkpoint,
+        device: torch.device,
+        dtype: torch.dtype,
+        unpack: bool,
+        progress: Progress | None,
+    ) -> None:
+        self.model = model
+        self.checkpoint = checkpoint
+        self.device = device
+        self.dtype = dtype
+        self.unpack = unpack
+        self.progress = progress
+        self.done = 0
+        self.total = sum(info.nbytes for info in checkpoint.tensors.values())
+
+    def fill(self, inventory: Inventory) -> None:
+        """Read everything the inventory names."""
+        packed = set(inventory.packed)
+        for name, linear in self.model.linears():
+            # A packed layer without settings is a problem of the inventory; none comes this far.
+            if name in packed and self.checkpoint.quant is not None:
+                self._packed(name, linear, self.checkpoint.quant)
+        for own, theirs in inventory.dense.items():
+            _set(self.model, own, self._dense(theirs))
+        if inventory.tied:
+            self._tie()
+        if self.progress is not None:
+            self.progress(self.total, self.total)
+
+    def _dense(self, name: str) -> Tensor:
+        """One tensor, cast and placed; refused when a value is not finite."""
+        tensor = self.checkpoint.read(name)
+        self._advance(tensor.nbytes)
+        cast = tensor.to(self.dtype)
+        if not bool(torch.isfinite(cast).all()):
+            raise self._not_finite(name, tensor, cast)
+        return cast.to(self.device)
+
+    def _packed(self, name: str, linear: Linear, quant: QuantConfig) -> None:
+        """One packed linear, kept packed or made dense, and its bias wherever it came from."""
+        packed = read_packed(self.checkpoint, name, linear.in_features, linear.out_features, quant)
+        self._advance(packed.nbytes)
+        if self.unpack:
+            linear.set_dense(packed, self.dtype)
+            linear.to(self.device)
+        else:
+            linear.set_packed(packed)
+            linear.to(self.device)
+        bias = f"{name}.bias"
+        # Early GPTQ savers added a bias to every packed layer, whether the model had one or not.
+        if bias in self.checkpoint.tensors:
+            linear.bias = nn.Parameter(self._dense(bias), requires_grad=False)
+        elif linear.bias is not None:
+            raise CheckpointError(
+                "is missing, but config.json gives this layer a bias",
+                file=self.checkpoint.path.name,
+                tensor=bias,
+            )
+
+    def _tie(self) -> None:
+        """Let head and embedding be one tensor, unless the folder holds two that differ."""
+        head = self.model.lm_head.weight
+        embedding = self.model.embedding.weight
+        if head is None or (not head.is_meta and not torch.equal(head, embedding)):
+            return
+        self.model.lm_head.weight = embedding
+
+    def _advance(self, nbytes: int) -> None:
+        self.done += nbytes
+        if self.progress is not None:
+            self.progress(min(self.done, self.total), self.total)
+
+    def _not_finite(self, name: str, tensor: Tensor, cast: Tensor) -> CheckpointError:
+        first = int((~torch.isfinite(cast)).flatten().nonzero()[0])
+        value = tensor.flatten()[first].item()
+        count = int((~torch.isfinite(cast)).sum())
+        was_finite = bool(torch.isfinite(tensor).all())
+        dtype = str(self.dtype).removeprefix("torch.")
+        reason = (
+            f"{count} values do not fit {dtype}, the first {value:g}"
+            if was_finite
+            else f"{count} values are not finite, the first {value} at index {first}"
+        )
+        return CheckpointError(
+            reason,
+            file=self.checkpoint.shard_of(name),
+            tensor=name,
+            remedy="load with --dtype bfloat16" if was_finite else "download the file again",
+        )
+
+
+def _set(model: nn.Module, name: str, tensor: Tensor) -> None:
+    """Put a tensor in the place of a parameter, by its dotted name."""
+    owner, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=False))
+
+
+ARCHITECTURES: dict[str, type[Decoder]] = {"falcon": Falcon, "llama": Llama}
+"""The module that runs each family of `ModelConfig`."""
