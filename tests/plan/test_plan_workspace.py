@@ -1,0 +1,112 @@
+"""The planned workspace is no less than what the real modules hold, and not much more."""
+
+import pytest
+import torch
+from live_bytes import LiveBytes
+from tiny_models import config
+
+from longwing.kernels import BITS, AttentionInputs, KVPages, PackedWeight, dequantize
+from longwing.models import Decoder, empty_model
+from longwing.plan.workspace import (
+    DEQUANTISE_BYTES,
+    activation_bytes,
+    logits_bytes,
+    mask_bytes,
+    rope_table_bytes,
+)
+
+CHUNK = 64
+UNMASKED = ["falcon, two norms", "falcon, one norm", "llama", "qwen2"]
+MASKED = ["falcon, alibi and biases", "mistral, windowed"]
+DTYPES = [torch.bfloat16, torch.float32]
+
+
+def filled(kind: str, dtype: torch.dtype, context: int) -> Decoder:
+    model = empty_model(config(kind), context).to_empty(device="cpu").to(dtype)
+    for parameter in model.parameters():
+        torch.nn.init.constant_(parameter, 0.01)
+    model.place_tables(torch.device("cpu"))
+    if model.rotary:
+        model.rotary.table(context)
+    return model
+
+
+def held_by_last_chunk(model: Decoder, context: int, chunk: int) -> int:
+    """Bytes held at the fullest moment while the last chunk of a prompt is read."""
+    shape = (1, context, model.config.num_kv_heads, model.config.head_dim)
+    pages = tuple(
+        KVPages(
+            keys_PBKH=torch.zeros(shape, dtype=model.dtype),
+            values_PBKH=torch.zeros(shape, dtype=model.dtype),
+        )
+        for _ in range(model.config.num_layers)
+    )
+    with torch.inference_mode(), LiveBytes() as live:
+        positions_T = torch.arange(context - chunk, context)
+        rows = model.rotary.rows(context, positions_T) if model.rotary else (None, None)
+        inputs = AttentionInputs(
+            starts_S1=torch.tensor([0, chunk], dtype=torch.int32),
+            context_lens_S=torch.tensor([context], dtype=torch.int32),
+            page_tables_SM=torch.tensor([[0]], dtype=torch.int32),
+            slots_T=positions_T,
+            pages=pages,
+            cos_TF=rows[0],
+            sin_TF=rows[1],
+        )
+        model(torch.zeros(chunk, dtype=torch.int64), positions_T, inputs)
+    return live.peak
+
+
+@pytest.mark.parametrize("kind", UNMASKED + MASKED)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("context", [CHUNK, 4 * CHUNK])
+def test_a_chunk_holds_no_more_than_was_planned(kind, dtype, context):
+    model = filled(kind, dtype, context)
+    planned = activation_bytes(model.config, CHUNK, dtype.itemsize) + mask_bytes(
+        model.config, CHUNK, context, dtype.itemsize
+    )
+    # A few tensors of one number a sequence (starts, lengths, page tables) are not planned for.
+    assert held_by_last_chunk(model, context, CHUNK) <= planned + 64
+
+
+@pytest.mark.parametrize("kind", UNMASKED)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_activations_are_not_planned_far_above_what_is_held(kind, dtype):
+    model = filled(kind, dtype, CHUNK)
+    planned = activation_bytes(model.config, CHUNK, dtype.itemsize)
+    assert planned < 1.3 * held_by_last_chunk(model, CHUNK, CHUNK)
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_making_a_matrix_dense_holds_what_was_planned(bits, dtype, monkeypatch):
+    K, N, tile = 512, 256, 2**14
+    monkeypatch.setattr("longwing.kernels.wna16.DEQUANTISE_TILE", tile)
+    weight = PackedWeight(
+        bits=bits,
+        group_size=128,
+        qweight_WN=torch.zeros(K * bits // 32, N, dtype=torch.int32),
+        zeros_GN=torch.ones(K // 128, N, dtype=torch.uint8),
+        scales_GN=torch.ones(K // 128, N, dtype=torch.float16),
+    )
+    with LiveBytes() as live:
+        dequantize(weight, dtype)
+    planned = K * N * dtype.itemsize + DEQUANTISE_BYTES * tile
+    assert live.peak == pytest.approx(planned, rel=0.05), (
+        "kernels.dequantize has changed what it holds; change DEQUANTISE_BYTES with it"
+    )
+
+
+def test_logits_hold_what_was_planned():
+    model = filled("llama", torch.bfloat16, CHUNK)
+    hidden_TD = torch.zeros(3, model.config.hidden_size, dtype=torch.bfloat16)
+    with torch.inference_mode(), LiveBytes() as live:
+        model.logits(hidden_TD)
+    assert live.peak == logits_bytes(model.config, batch=3, head_bytes=2)
+
+
+def test_rope_tables_hold_what_was_planned():
+    model = filled("llama", torch.bfloat16, context=100)
+    held = sum(tensor.nbytes for tensor in model.rotary.table(100))
+    assert held == rope_table_bytes(model.config, 100)
+    assert rope_table_bytes(config("falcon, alibi and biases"), 100) == 0
