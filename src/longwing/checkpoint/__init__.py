@@ -8,6 +8,7 @@ The face of the room. `Checkpoint.open` finds the files and checks their headers
 from longwing.checkpoint.folder import Checkpoint, write_shards
 from longwing.checkpoint.manifest import MANIFEST, check_manifest, write_manifest
 from longwing.checkpoint.packed import check_packed, packed_names, packed_tensors, read_packed
+from longwing.checkpoint.paths import read_settings
 from longwing.checkpoint.publish import is_partial, new_file, new_folder
 from longwing.checkpoint.quant_config import QuantConfig
 from longwing.checkpoint.strict_json import parse_object
@@ -28,6 +29,7 @@ __all__ = [
     "packed_tensors",
     "parse_object",
     "read_packed",
+    "read_settings",
     "write_manifest",
     "write_shards",
     "write_tensor_file",

@@ -4,6 +4,7 @@ from longwing.models.config import ModelConfig
 from longwing.models.decoder import Decoder
 from longwing.models.inventory import Inventory, take_inventory
 from longwing.models.loader import ARCHITECTURES, DTYPES, empty_model, load_model, with_rope
+from longwing.models.values import not_finite
 
 __all__ = [
     "ARCHITECTURES",
@@ -13,6 +14,7 @@ __all__ = [
     "ModelConfig",
     "empty_model",
     "load_model",
+    "not_finite",
     "take_inventory",
     "with_rope",
 ]

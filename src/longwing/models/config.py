@@ -272,7 +272,10 @@ def _rope(
     """The rotary settings, in either dialect."""
     if head_dim % 2:
         raise fields.error("head_dim", f"is {head_dim}; rotary positions need an even one")
-    return RopeConfig.from_hf(raw, head_dim=head_dim, max_position=max_position)
+    try:
+        return RopeConfig.from_hf(raw, head_dim=head_dim, max_position=max_position)
+    except ConfigError as error:
+        raise ConfigError(error.reason, file=fields.file, remedy=error.remedy) from None
 
 
 _DTYPES = ("auto", "float32", "float16", "bfloat16", "float64")

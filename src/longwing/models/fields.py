@@ -26,12 +26,12 @@ class Fields:
 
     def __init__(self, raw: Mapping[str, object], file: str) -> None:
         self._raw = raw
-        self._file = file
+        self.file = file
         self._read: set[str] = set()
 
     def error(self, name: str, reason: str, remedy: str = "") -> ConfigError:
         """A ConfigError that names this file and field."""
-        return ConfigError(f'"{name}" {reason}', file=self._file, remedy=remedy)
+        return ConfigError(f'"{name}" {reason}', file=self.file, remedy=remedy)
 
     def integer(self, *names: str, low: int, high: int, default: object = MISSING) -> int | None:
         """A whole number in [low, high]; the default when absent."""

@@ -5,7 +5,7 @@ loader refuses a folder with a problem; `longwing verify` prints them all.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 from longwing.checkpoint import Checkpoint, check_packed, packed_names
@@ -45,7 +45,7 @@ def take_inventory(model: Decoder, checkpoint: Checkpoint) -> Inventory:
     names = set(checkpoint.tensors)
     problems: list[CheckpointError] = []
     linears = dict(model.linears())
-    packed = [name for name in linears if f"{name}.qweight" in names]
+    packed = [name for name in linears if _packed_parts(name, names)]
     wanted = _dense_names(model, packed)
     tied = _tie(model, names, wanted)
     used: set[str] = set()
@@ -99,17 +99,28 @@ def _tie(model: Decoder, names: set[str], wanted: dict[str, str]) -> bool:
     return True
 
 
+def _packed_parts(name: str, names: Collection[str]) -> dict[str, str]:
+    """Suffix -> tensor name of what a linear has of a packed layer; {} when it is dense.
+
+    A bias alone makes no packed layer.
+    """
+    parts = {suffix: full for suffix, full in packed_names(name).items() if full in names}
+    return parts if set(parts) - {"bias"} else {}
+
+
 def _packed_problems(
     name: str, in_features: int, out_features: int, checkpoint: Checkpoint
 ) -> list[CheckpointError]:
     """What the headers alone tell of a packed linear."""
-    file = checkpoint.shard_of(f"{name}.qweight")
+    parts = _packed_parts(name, checkpoint.tensors)
+    files = {suffix: checkpoint.shard_of(full) for suffix, full in parts.items()}
     if checkpoint.quant is None:
+        suffix, full = next(iter(parts.items()))
         return [
             CheckpointError(
                 "is packed, but the folder has no quantisation settings",
-                file=file,
-                tensor=f"{name}.qweight",
+                file=files[suffix],
+                tensor=full,
                 remedy="add the quantize_config.json that came with the model",
             )
         ]
@@ -121,11 +132,7 @@ def _packed_problems(
                 tensor=f"{name}.weight",
             )
         ]
-    present = {
-        suffix: full for suffix, full in packed_names(name).items() if full in checkpoint.tensors
-    }
-    infos = {suffix: checkpoint.tensors[full] for suffix, full in present.items()}
-    files = {suffix: checkpoint.shard_of(full) for suffix, full in present.items()}
+    infos = {suffix: checkpoint.tensors[full] for suffix, full in parts.items()}
     return check_packed(infos, name, in_features, out_features, checkpoint.quant, files)
 
 

@@ -21,6 +21,7 @@ from longwing.models.decoder import Decoder
 from longwing.models.falcon import Falcon
 from longwing.models.inventory import Inventory, take_inventory
 from longwing.models.llama import Llama
+from longwing.models.values import not_finite
 from longwing.rope import RopeConfig
 
 Progress = Callable[[int, int], None]
@@ -141,8 +142,9 @@ class _Filler:
         tensor = self.checkpoint.read(name)
         self._advance(tensor.nbytes)
         cast = tensor.to(self.dtype)
-        if not bool(torch.isfinite(cast).all()):
-            raise self._not_finite(name, tensor, cast)
+        problem = not_finite(self.checkpoint, name, tensor, cast)
+        if problem is not None:
+            raise problem
         return cast.to(self.device)
 
     def _packed(self, name: str, linear: Linear, quant: QuantConfig) -> None:
@@ -178,24 +180,6 @@ class _Filler:
         self.done += nbytes
         if self.progress is not None:
             self.progress(min(self.done, self.total), self.total)
-
-    def _not_finite(self, name: str, tensor: Tensor, cast: Tensor) -> CheckpointError:
-        first = int((~torch.isfinite(cast)).flatten().nonzero()[0])
-        value = tensor.flatten()[first].item()
-        count = int((~torch.isfinite(cast)).sum())
-        was_finite = bool(torch.isfinite(tensor).all())
-        dtype = str(self.dtype).removeprefix("torch.")
-        reason = (
-            f"{count} values do not fit {dtype}, the first {value:g}"
-            if was_finite
-            else f"{count} values are not finite, the first {value} at index {first}"
-        )
-        return CheckpointError(
-            reason,
-            file=self.checkpoint.shard_of(name),
-            tensor=name,
-            remedy="load with --dtype bfloat16" if was_finite else "download the file again",
-        )
 
 
 def _set(model: nn.Module, name: str, tensor: Tensor) -> None:
