@@ -1,0 +1,419 @@
+"""Logits to tokens: penalties, filters, one random number, log-probabilities. A row, a sequence.
+
+Shapes: `V` vocabulary, `S` sequences of the batch, `R` the rows a step is about, `C` candidates.
+
+Settings act in this order, each on what the one before left: repetition penalty; frequency and
+presence penalty; no ending before min_new_tokens; temperature; top_k; top_p; min_p; typical_p.
+That is transformers' order, and TGI's as far as TGI has them. A filter looks at probabilities
+alone, so tokens of equal probability stay or go together, and no tie depends on a sort. Greedy
+takes the highest penalised logit, of equals the lowest id.
+
+The one idea: **a probability is held as a whole number**. A sum of floats depends on its order, and
+the order on batch size, alignment and device; on CUDA a cumulative sum differs from run to run. So
+exp(z - max z) is rounded down to a multiple of 2**-42 and kept as an int64 weight. Totals,
+cumulative sums and draws are then exact in any order, every other step acts on single elements or
+picks a maximum, and a row gives the same bits alone, in any batch and after a restart (tested on
+the CPU). The price: a token less than 2**-42 (2e-13) times as likely as the likeliest is never
+drawn. That the logits do not depend on the batch either is the model's part.
+
+Randomness has no state: `uniform(seed, step)` is a hash, so neither preemption nor neighbours can
+move it. One such number through the inverse of the cumulative distribution gives one token, for a
+hash and an int64 scan over V (0.04 ms for V = 65,024 on a CPU); Gumbel-max would need V random
+numbers. It also makes speculation exact: sample after each drafted token with that position's own
+number, and keep the draft for as long as it agrees. The text is the one plain decoding gives.
+"""
+
+import copy
+import hashlib
+import math
+import secrets
+import struct
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from longwing.engine.request import SamplingParams
+from longwing.errors import LogitsError, RequestError
+
+TokenLogprob = tuple[int, float]  # token id, natural logarithm of its probability
+
+_WEIGHT_BITS = 42  # the likeliest token weighs 2**42: up to 2**21 tokens sum to less than 2**63
+_DRAW_BITS = 60  # while drawing, probability 1 is 2**60: exact for float32 above 2**-36
+_COLDEST = 1e-30  # float32 would make 0 of much less; the distribution is one point long before
+_NUM_RANKED = 1024  # first try at how many tokens hold a share; moves no result
+_ROWS_AT_ONCE = 32  # bounds memory, at some 40 bytes a row and token; moves no result
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampledTokens:
+    """One token for each row, in the order of the rows.
+
+    Log-probabilities are those of the model: log-softmax of the raw logits, before penalties,
+    temperature and filters, as OpenAI-style servers report them. (TGI reports them after.)
+
+    Attributes:
+        ids: the tokens.
+        logprobs: the tokens' own; None for rows with params.logprobs None.
+        top_logprobs: the params.logprobs likeliest, likeliest first, of equals the lowest id
+            first. Not always with the sampled token among them.
+    """
+
+    ids: list[int]
+    logprobs: list[float | None]
+    top_logprobs: list[list[TokenLogprob]]
+
+
+class SamplingState:
+    """What sampling knows of one sequence. It belongs to the sequence and survives preemption.
+
+    Tell it with `accept` each token that becomes text; nothing else changes it.
+
+    Args:
+        params: the request's settings.
+        prompt_ids: the prompt, for the repetition penalty.
+        eos_token_ids: tokens that end the text, ruled out until params.min_new_tokens are there.
+
+    Attributes:
+        seed: params.seed, or one chosen at random: report it, and the text can be had again.
+        num_generated: tokens accepted so far, so the index of the next one.
+    """
+
+    def __init__(
+        self,
+        params: SamplingParams,
+        prompt_ids: Sequence[int] = (),
+        *,
+        eos_token_ids: Collection[int] = (),
+    ) -> None:
+        self.params = params
+        self.seed = secrets.randbits(64) if params.seed is None else params.seed
+        self.num_generated = 0
+        self._ending_ids = sorted({*eos_token_ids, *params.stop_token_ids})
+        self._prompt_ids = list(prompt_ids) if params.has_penalties else []
+        self._uncounted_ids: list[int] = []  # accepted, but not yet in _count_V
+        self._in_prompt_V: Tensor | None = None
+        self._count_V: Tensor | None = None
+
+    def accept(self, token_id: int) -> None:
+        """The token became text: count it, and go on to the next random number."""
+        self.num_generated += 1
+        if self.params.has_penalties:
+            self._uncounted_ids.append(token_id)
+
+    def ahead(self, draft_ids: Sequence[int]) -> "SamplingState":
+        """The state as it would be after these tokens, to judge a draft; this one stays."""
+        later = copy.copy(self)
+        later._uncounted_ids = list(self._uncounted_ids)
+        for token_id in draft_ids:
+            later.accept(token_id)
+        return later
+
+    @property
+    def forbidden_ids(self) -> list[int]:
+        """Tokens that may not come next."""
+        return self._ending_ids if self.num_generated < self.params.min_new_tokens else []
+
+    def history(self, vocab_len: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """For each token: is it in the prompt, (V,) bool; how often in the answer, (V,) int64.
+
+        Kept on the device, for one vocabulary and one device, and never changed in place.
+        """
+        if self._in_prompt_V is None or self._count_V is None:
+            self._in_prompt_V = _count(self._prompt_ids, vocab_len, device) > 0
+            self._count_V = _count([], vocab_len, device)
+        if self._uncounted_ids:
+            self._count_V = self._count_V + _count(self._uncounted_ids, vocab_len, device)
+            self._uncounted_ids = []
+        return self._in_prompt_V, self._count_V
+
+
+def uniform(seed: int, step: int) -> float:
+    """A multiple of 2**-53 in [0, 1): a pure function of the seed and the token's index.
+
+    BLAKE2b, because it needs no constants of ours, and neighbouring seeds and steps give unrelated
+    numbers. About a microsecond. Both arguments are 64-bit, unsigned.
+    """
+    digest = hashlib.blake2b(struct.pack("<QQ", seed, step), digest_size=8, person=b"longwing")
+    return (int.from_bytes(digest.digest(), "little") >> 11) * 2.0**-53
+
+
+def sample(logits_SV: Tensor, states: Sequence[SamplingState]) -> SampledTokens:
+    """Choose the next token of each sequence. Accepts nothing: the same call gives the same again.
+
+    Greedy rows without penalties or log-probabilities share one maximum over the batch.
+
+    Args:
+        logits_SV: (S, V), any float type and device; -inf marks tokens that cannot come.
+        states: one for each row.
+
+    Raises:
+        RequestError: there is not one state a row.
+        LogitsError: a row's logits hold nan or +inf, or rule out every token. It names the rows;
+            the others can be sampled without them.
+    """
+    if logits_SV.ndim != 2 or logits_SV.shape[0] != len(states):
+        raise RequestError(
+            f"logits for {len(states)} sequences have shape {tuple(logits_SV.shape)}; "
+            f"one row for each is needed"
+        )
+    logits_SV = logits_SV.detach().float()
+    max_S, id_S = logits_SV.max(dim=-1)  # of equals the first, on every device
+    _check_usable(max_S, range(len(states)))
+    for rows in _batches([i for i, state in enumerate(states) if _needs_more_than_max(state)]):
+        id_S[rows] = _choose(logits_SV[rows], [states[row] for row in rows], rows)
+    logprobs: list[float | None] = [None] * len(states)
+    top_logprobs: list[list[TokenLogprob]] = [[] for _ in states]
+    for rows in _batches([i for i, s in enumerate(states) if s.params.logprobs is not None]):
+        nums_top = [states[row].params.logprobs or 0 for row in rows]
+        reports = _logprobs(logits_SV[rows], max_S[rows], id_S[rows], nums_top)
+        for row, (own, top) in zip(rows, reports, strict=True):
+            logprobs[row], top_logprobs[row] = own, top
+    return SampledTokens(ids=id_S.tolist(), logprobs=logprobs, top_logprobs=top_logprobs)
+
+
+def probabilities(logits_V: Tensor, state: SamplingState) -> Tensor:
+    """The distribution `sample` draws from, after all penalties and filters: (V,) float32, sum 1.
+
+    For a greedy sequence all of it lies on one token. Raises as `sample` does.
+    """
+    logits_1V = adjusted(logits_V.detach().float()[None], [state])
+    max_1, id_1 = logits_1V.max(dim=-1)
+    _check_usable(max_1, [0])
+    if state.params.is_greedy:
+        return torch.zeros_like(logits_1V[0]).scatter(0, id_1, 1.0)
+    return _distribution(logits_1V, [state.params])[0]
+
+
+def draw(probs_V: Tensor, u: float) -> int:
+    """The token at u of the way through the distribution, tokens lying in the order of their ids.
+
+    Args:
+        probs_V: (V,) floats in [0, 1], not all zero; the sum need not be 1 (nor may it exceed 7).
+        u: in [0, 1), from `uniform`.
+    """
+    u_1 = torch.tensor([u], dtype=torch.float64, device=probs_V.device)
+    return int(_draw(probs_V[None], u_1))
+
+
+def adjusted(logits_RV: Tensor, states: Sequence[SamplingState]) -> Tensor:
+    """Float32 logits (R, V) after penalties, with -inf for forbidden tokens; never in place."""
+    rows = [row for row, state in enumerate(states) if state.params.has_penalties]
+    if rows:
+        logits_RV = logits_RV.index_put(
+            (torch.tensor(rows, device=logits_RV.device),),
+            _penalised(logits_RV[rows], [states[row] for row in rows]),
+        )
+    for row, state in enumerate(states):
+        if forbidden := [i for i in state.forbidden_ids if i < logits_RV.shape[1]]:
+            logits_RV = logits_RV.clone()
+            logits_RV[row, forbidden] = -math.inf
+    return logits_RV
+
+
+def _penalised(logits_RV: Tensor, states: Sequence[SamplingState]) -> Tensor:
+    """Repetition, then frequency and presence penalty, each with a neutral value where it is off.
+
+    The repetition penalty (Keskar et al., arXiv:1909.05858; as in transformers it multiplies
+    negative logits) counts prompt and answer. The others count the answer alone, as OpenAI defines
+    them: logit - count * frequency_penalty - (count > 0) * presence_penalty.
+    """
+    params = [state.params for state in states]
+    repetition_R1 = _column([p.repetition_penalty for p in params], logits_RV.device)
+    frequency_R1 = _column([p.frequency_penalty for p in params], logits_RV.device)
+    presence_R1 = _column([p.presence_penalty for p in params], logits_RV.device)
+    histories = [state.history(logits_RV.shape[1], logits_RV.device) for state in states]
+    in_prompt_RV = torch.stack([in_prompt_V for in_prompt_V, _ in histories])
+    count_RV = torch.stack([count_V for _, count_V in histories])
+    repeated_RV = torch.where(logits_RV < 0, logits_RV * repetition_R1, logits_RV / repetition_R1)
+    logits_RV = torch.where(in_prompt_RV | (count_RV > 0), repeated_RV, logits_RV)
+    return logits_RV - count_RV.float() * frequency_R1 - (count_RV > 0).float() * presence_R1
+
+
+def _choose(
+    logits_RV: Tensor, states: Sequence[SamplingState], batch_rows: Sequence[int]
+) -> Tensor:
+    """Ids (R,) of rows that need more than the batch's maximum."""
+    logits_RV = adjusted(logits_RV, states)
+    max_R, id_R = logits_RV.max(dim=-1)
+    _check_usable(max_R, batch_rows)
+    if rows := [row for row, state in enumerate(states) if not state.params.is_greedy]:
+        probs_RV = _distribution(logits_RV[rows], [states[row].params for row in rows])
+        numbers = [uniform(states[row].seed, states[row].num_generated) for row in rows]
+        id_R[rows] = _draw(probs_RV, torch.tensor(numbers, dtype=torch.float64).to(id_R.device))
+    return id_R
+
+
+def _distribution(logits_RV: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+    """Temperature and filters: (R, V) float32, every row of sum 1. None of the rows is greedy."""
+    temperature_R1 = _column([max(p.temperature, _COLDEST) for p in params], logits_RV.device)
+    z_RV = (logits_RV - logits_RV.amax(dim=-1, keepdim=True)) / temperature_R1
+    weights_RV = _weights(z_RV)
+    for limit_of, off, keep in _FILTERS:
+        # Only rows that ask for a filter go through it; the others are not even copied.
+        rows = [row for row, p in enumerate(params) if limit_of(p) != off]
+        if rows:
+            limits = [limit_of(params[row]) for row in rows]
+            limit_R1 = _column(limits, logits_RV.device, torch.float64)
+            weights_RV[rows] = keep(weights_RV[rows], z_RV[rows], limit_R1)
+    total_R1 = weights_RV.sum(dim=-1, keepdim=True)
+    return (weights_RV.double() / total_R1.double()).float()
+
+
+def _weights(z_RV: Tensor) -> Tensor:
+    """exp(z), for z <= 0, in whole multiples of 2**-42, rounded down; the scaling is exact."""
+    return (z_RV.exp() * 2.0**_WEIGHT_BITS).long()
+
+
+# The filters take weights (R, V), z (R, V) and their limits (R, 1); they return weights, 0 for the
+# tokens that go. Every one of them leaves at least one token.
+
+
+def _keep_top_k(weights_RV: Tensor, z_RV: Tensor, k_R1: Tensor) -> Tensor:
+    """The k likeliest tokens, and those tied with the last of them."""
+    k_R1 = k_R1.long().clamp(max=weights_RV.shape[1])
+    largest_RC = weights_RV.topk(int(k_R1.max()), dim=-1).values
+    return weights_RV.masked_fill(weights_RV < largest_RC.gather(1, k_R1 - 1), 0)
+
+
+def _keep_top_p(weights_RV: Tensor, z_RV: Tensor, share_R1: Tensor) -> Tensor:
+    """The likeliest tokens, until they hold the share (Holtzman et al., arXiv:1904.09751)."""
+    return weights_RV.masked_fill(weights_RV < _border(weights_RV, weights_RV, share_R1), 0)
+
+
+def _keep_min_p(weights_RV: Tensor, z_RV: Tensor, fraction_R1: Tensor) -> Tensor:
+    """Tokens at least this fraction as likely as the top one (Nguyen et al., arXiv:2407.01082)."""
+    return weights_RV.masked_fill(
+        weights_RV < fraction_R1 * weights_RV.amax(dim=-1, keepdim=True), 0
+    )
+
+
+def _keep_typical(weights_RV: Tensor, z_RV: Tensor, share_R1: Tensor) -> Tensor:
+    """Tokens of average surprise, until they hold the share (Meister et al., arXiv:2202.00666).
+
+    The paper ranks by |-log p - entropy|. As log p = z - log Z and entropy = log Z - mean z, log Z
+    cancels and the rank is |z - mean z|. The mean, too, is a sum of whole numbers: -z exp(z) < 1.
+    """
+    kept_RV = weights_RV > 0
+    z_RV = torch.where(kept_RV, z_RV, 0.0)
+    moment_R1 = (z_RV * z_RV.exp() * 2.0**_WEIGHT_BITS).long().sum(dim=-1, keepdim=True)
+    mean_R1 = moment_R1.double() / weights_RV.sum(dim=-1, keepdim=True).double()
+    nearness_RV = -torch.where(kept_RV, (z_RV - mean_R1.float()).abs(), math.inf)
+    return weights_RV.masked_fill(nearness_RV < _border(nearness_RV, weights_RV, share_R1), 0)
+
+
+def _border(score_RV: Tensor, weights_RV: Tensor, share_R1: Tensor) -> Tensor:
+    """The score (R, 1) at which tokens, taken from the highest score down, first hold the share.
+
+    Where topk puts equal scores does not matter: the share is reached at that score in any order.
+    A short list does as a rule, and costs a fraction of a full sort.
+    """
+    needed_R1 = share_R1 * weights_RV.sum(dim=-1, keepdim=True)
+    vocab_len = score_RV.shape[1]
+    num = min(_NUM_RANKED, vocab_len)
+    while True:
+        best = score_RV.topk(num, dim=-1)
+        sums_RC = weights_RV.gather(1, best.indices).cumsum(dim=-1)
+        if num == vocab_len or bool((sums_RC[:, -1:] >= needed_R1).all()):
+            last_R1 = (sums_RC < needed_R1).sum(dim=-1, keepdim=True).clamp(max=num - 1)
+            return best.values.gather(1, last_R1)
+        num = min(16 * num, vocab_len)
+
+
+def _draw(probs_RV: Tensor, u_R: Tensor) -> Tensor:
+    """Ids (R,): the first at which the cumulative weight exceeds u times the total.
+
+    A token of weight 0 is never the first to exceed anything.
+    """
+    sums_RV = (probs_RV.double() * 2.0**_DRAW_BITS).long().cumsum(dim=-1)
+    # Below the total even when rounded, since u is at most 1 - 2**-53: some token does exceed it.
+    target_R = (u_R * sums_RV[:, -1].double()).long()
+    return torch.searchsorted(sums_RV, target_R[:, None], right=True)[:, 0]
+
+
+def _logprobs(
+    logits_RV: Tensor, max_R: Tensor, id_R: Tensor, nums_top: Sequence[int]
+) -> list[tuple[float, list[TokenLogprob]]]:
+    """For each row the log-probability of its token, and its likeliest tokens.
+
+    The device adds up; Python takes the logarithms, so that they are the same on every device.
+    """
+    total_R = _weights(logits_RV - max_R[:, None]).sum(dim=-1)
+    own_R = logits_RV.gather(1, id_R[:, None])[:, 0]
+    tops = _highest(logits_RV, nums_top)
+    reports = []
+    for own, top, highest, total in zip(
+        own_R.tolist(), tops, max_R.tolist(), total_R.tolist(), strict=True
+    ):
+        log_total = math.log(total / 2**_WEIGHT_BITS)
+        top_logprobs = [(token_id, logit - highest - log_total) for token_id, logit in top]
+        reports.append((own - highest - log_total, top_logprobs))
+    return reports
+
+
+def _highest(logits_RV: Tensor, nums: Sequence[int]) -> list[list[tuple[int, float]]]:
+    """The ids and logits of each row's highest, highest first, of equals the lowest id first.
+
+    topk chooses freely among equals, so it only says how high the last one is; all that are as
+    high are sorted here.
+    """
+    vocab_len = logits_RV.shape[1]
+    highest_RC = logits_RV.topk(min(max(*nums, 1), vocab_len), dim=-1).values
+    num_R1 = torch.tensor(nums, device=logits_RV.device).clamp(1, vocab_len)[:, None]
+    candidate_RV = (logits_RV >= highest_RC.gather(1, num_R1 - 1)) & (logits_RV > -math.inf)
+    rows, ids = candidate_RV.nonzero(as_tuple=True)
+    found: list[list[tuple[int, float]]] = [[] for _ in nums]
+    for row, token_id, logit in zip(
+        rows.tolist(), ids.tolist(), logits_RV[rows, ids].tolist(), strict=True
+    ):
+        found[row].append((token_id, logit))
+    for candidates in found:
+        candidates.sort(key=lambda pair: -pair[1])  # stable, and they came by id
+    return [candidates[:num] for candidates, num in zip(found, nums, strict=True)]
+
+
+def _needs_more_than_max(state: SamplingState) -> bool:
+    params = state.params
+    return not params.is_greedy or params.has_penalties or bool(state.forbidden_ids)
+
+
+def _check_usable(max_R: Tensor, rows: Sequence[int]) -> None:
+    """Logits give a distribution exactly if their maximum is finite: nan, too, is a maximum."""
+    usable = max_R.isfinite().tolist()
+    if not all(usable):
+        bad = [row for row, is_usable in zip(rows, usable, strict=True) if not is_usable]
+        raise LogitsError(
+            f"no token can be chosen for row {', '.join(map(str, bad))} of the batch: its logits "
+            "hold nan or +inf, or every token is ruled out; the model overflowed (try --dtype "
+            "bfloat16 or float32) or its weights are damaged (longwing verify)",
+            bad,
+        )
+
+
+def _count(ids: Sequence[int], vocab_len: int, device: torch.device) -> Tensor:
+    """(V,) int64. Ids without a logit are left out: an embedding may be longer than the output."""
+    known = [token_id for token_id in ids if token_id < vocab_len]
+    return torch.bincount(torch.tensor(known, dtype=torch.long), minlength=vocab_len).to(device)
+
+
+def _column(
+    values: Sequence[float], device: torch.device, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """(R, 1)."""
+    return torch.tensor(values, dtype=dtype).to(device)[:, None]
+
+
+def _batches(rows: Sequence[int]) -> list[Sequence[int]]:
+    return [rows[start : start + _ROWS_AT_ONCE] for start in range(0, len(rows), _ROWS_AT_ONCE)]
+
+
+# In the order in which they act: the setting, the value that means off, the filter.
+_FILTERS: tuple[
+    tuple[Callable[[SamplingParams], float], float, Callable[[Tensor, Tensor, Tensor], Tensor]], ...
+] = (
+    (lambda params: params.top_k, 0, _keep_top_k),
+    (lambda params: params.top_p, 1, _keep_top_p),
+    (lambda params: params.min_p, 0, _keep_min_p),
+    (lambda params: params.typical_p, 1, _keep_typical),
+)
