@@ -1,0 +1,69 @@
+"""The `longwing` command: its verbs, and what an exit code means.
+
+0: done. 1: it could not be done, and the last line on stderr says why. 2: the command line was
+wrong. 130: Ctrl-C.
+"""
+
+import logging
+import sys
+from importlib.metadata import version
+from typing import Annotated
+
+import typer
+
+from longwing.cli.chat import chat
+from longwing.cli.console import print_error
+from longwing.cli.convert import convert
+from longwing.cli.generate import generate
+from longwing.cli.inspect import inspect
+from longwing.cli.plan import plan
+from longwing.cli.pull import pull
+from longwing.cli.verify import verify
+from longwing.errors import LongwingError
+
+app = typer.Typer(
+    name="longwing",
+    help="Open language models over long documents on little hardware.",
+    epilog="Start with: longwing generate --prompt 'Why is the sky blue?'",
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    rich_markup_mode="rich",
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"longwing {version('longwing')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    _version: Annotated[
+        bool,
+        typer.Option(
+            "--version", "-V", callback=_print_version, is_eager=True, help="Print the version."
+        ),
+    ] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Log what is being done, on stderr.")
+    ] = False,
+) -> None:
+    logging.basicConfig(
+        level=logging.INFO if verbose else logging.WARNING, format="%(levelname)s: %(message)s"
+    )
+
+
+for verb in (generate, chat, inspect, verify, convert, pull, plan):
+    app.command()(verb)
+
+
+def main() -> None:
+    """Run the command line and exit."""
+    try:
+        app()
+    except LongwingError as error:
+        print_error(error)
+        sys.exit(1)

@@ -1,0 +1,175 @@
+"""Options made from dataclasses: a field's type, default and help are written once, where they act.
+
+Writing `@filled_by(SamplingParams, "Sampling")` over a verb gives it one option a field, and hands it
+the finished object.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import Annotated, Any, ParamSpec, TypeVar, get_args, get_origin, get_type_hints
+
+import typer
+
+from longwing.cli.console import progress
+from longwing.demo import DEMO_NAME, demo_model
+from longwing.errors import ConfigError, RequestError
+from longwing.hub import find
+from longwing.plan import parse_context, parse_size
+from longwing.rope import METHODS, RopeConfig
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadOptions:
+    """How a model is to be loaded."""
+
+    device: str = field(default="auto", metadata={"help": "auto, cpu, cuda or cuda:N."})
+    dtype: str = field(
+        default="auto",
+        metadata={
+            "help": "float32, float16 or bfloat16; auto: the checkpoint's own on a GPU, "
+            "float32 on a CPU."
+        },
+    )
+    context: str | None = field(
+        default=None,
+        metadata={"help": "Longest prompt and answer together, e.g. 24k (k = 1024) or 24000."},
+    )
+    rope: str | None = field(
+        default=None,
+        metadata={
+            "help": "RoPE settings in place of the model's: METHOD[,name=value…], e.g. "
+            "dynamic,factor=4 or falconlite,alpha=0.25 or theta=1e6."
+        },
+    )
+
+
+def filled_by(settings: type[Any], panel: str) -> Callable[[Callable[P, R]], Callable[..., R]]:
+    """Add an option for every field of a dataclass; the function gets the object as one argument.
+
+    `panel` is the heading they get in --help. The argument's name is the function's own: whichever
+    parameter is annotated with the dataclass.
+    Sets become repeatable options, like tuples.
+    """
+
+    def decorate(function: Callable[P, R]) -> Callable[..., R]:
+        signature = inspect.signature(function)
+        hints = get_type_hints(function, include_extras=True)
+        (target,) = (name for name, hint in hints.items() if hint is settings)
+        types = get_type_hints(settings)
+        made = [_option(item, types[item.name], panel) for item in fields(settings)]
+        own = [
+            parameter.replace(annotation=hints[name])
+            for name, parameter in signature.parameters.items()
+            if name != target
+        ]
+
+        @functools.wraps(function)
+        def verb(*args: Any, **kwargs: Any) -> R:
+            values = {item.name: kwargs.pop(item.name) for item in fields(settings)}
+            collected = {name: _collect(value, types[name]) for name, value in values.items()}
+            return function(*args, **kwargs, **{target: settings(**collected)})
+
+        every = [*own, *made]
+        verb.__signature__ = signature.replace(parameters=every)  # type: ignore[attr-defined]
+        verb.__annotations__ = {parameter.name: parameter.annotation for parameter in every}
+        return verb
+
+    return decorate
+
+
+def _option(item: Any, kind: Any, panel: str) -> inspect.Parameter:
+    """One keyword parameter for one field."""
+    default = item.default if item.default is not MISSING else None
+    if get_origin(kind) in (tuple, frozenset):
+        kind, default = list[get_args(kind)[0]], []  # type: ignore[misc]
+    names = [f"--{item.name.replace('_', '-')}"]
+    help_text = item.metadata.get("help", "")
+    annotation = Annotated[
+        kind,
+        typer.Option(
+            *names, help=help_text, show_default=default is not None, rich_help_panel=panel
+        ),
+    ]
+    return inspect.Parameter(
+        item.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation
+    )
+
+
+def _collect(value: Any, kind: Any) -> Any:
+    """A repeatable option's list as the field's own container."""
+    container = get_origin(kind)
+    return container(value) if container in (tuple, frozenset) else value
+
+
+ModelArgument = Annotated[
+    str,
+    typer.Argument(
+        help="A model folder, or owner/name once pulled. Without it: the small demo model, "
+        "made on first use.",
+        show_default=DEMO_NAME,
+    ),
+]
+
+
+def find_model(model: str) -> Path:
+    """The folder a MODEL argument means; the demo model is made on first use."""
+    if model != DEMO_NAME:
+        return find(model)
+    with progress(f"making {DEMO_NAME}", in_bytes=True) as advance:
+        return demo_model(progress=advance)
+
+
+def length(text: str) -> int:
+    """A --context value in tokens; nonsense is a usage error."""
+    try:
+        return parse_context(text)
+    except RequestError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+def size(text: str) -> int:
+    """A size in bytes; nonsense is a usage error."""
+    try:
+        return parse_size(text)
+    except RequestError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+def parse_rope(text: str, base: RopeConfig | None) -> RopeConfig:
+    """RoPE settings from `METHOD[,name=value…]` over a model's own head size and trained length.
+
+    A bare `theta=1e6` keeps the method.
+
+    Raises:
+        ConfigError: an unknown method or name, or a value that is not a number.
+    """
+    if base is None:
+        raise ConfigError(f'RoPE settings "{text}" were given, but this model uses ALiBi')
+    words = [word.strip() for word in text.split(",")]
+    method = base.method if "=" in words[0] else words.pop(0)
+    if method not in METHODS:
+        raise ConfigError(f'RoPE method "{method}" is not one of {", ".join(METHODS)}')
+    own = base.to_hf() if method == base.method else {}
+    settings: dict[str, object] = {
+        "rope_type": method,
+        "rope_theta": base.theta,
+        "original_max_position_embeddings": base.trained_len,
+        **own.get("rope_parameters", {}),
+    }
+    for word in words:
+        name, _, value = word.partition("=")
+        name = "rope_theta" if name == "theta" else name
+        try:
+            settings[name] = int(value) if value.isdecimal() else float(value)
+        except ValueError:
+            raise ConfigError(f'RoPE setting "{word}" is not name=number') from None
+    max_position = own.get("max_position_embeddings", base.trained_len)
+    return RopeConfig.from_hf(
+        {"rope_parameters": settings}, head_dim=base.head_dim, max_position=max_position
+    )
