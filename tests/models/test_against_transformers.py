@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from longwing.engine.generator import Generator
 from longwing.models import load_model
@@ -42,19 +43,32 @@ def test_logits_equal_those_of_transformers(name: str, tiny_folder: Folder) -> N
 def test_64_greedy_tokens_equal_those_of_transformers(name: str, tiny_folder: Folder) -> None:
     folder = tiny_folder(name)
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    dynamic = name in ("llama-dynamic", "llama-longrope")
-    prompt = _tokens(2, 40 if dynamic else 20)
-    # transformers changes a dynamic base at every step and leaves old keys under old bases; ours is
-    # chosen once. They agree only where no step crosses: not at all for dynamic NTK.
+    # longrope: a prompt beyond the trained 32, since transformers would change factors on the way.
+    prompt = _tokens(2, 40 if name == "llama-longrope" else 20)
+    generator = Generator(load_model(folder, context=128), Tokenizer.from_folder(folder))
     if name == "llama-dynamic":
-        pytest.skip("no common definition: see docs/rope.md, the ladder")
+        theirs.model.rotary_emb = _static_rotation(generator, need=len(prompt) + 64)
     with torch.inference_mode():
         expected = theirs.generate(
             prompt[None], do_sample=False, max_new_tokens=64, min_new_tokens=64, pad_token_id=0
         )[0, len(prompt) :].tolist()
-    generator = Generator(load_model(folder), Tokenizer.from_folder(folder))
     answer = generator.generate(prompt.tolist(), max_new_tokens=64, min_new_tokens=64)
     assert answer.token_ids == expected
+
+
+def _static_rotation(generator: Generator, need: int) -> LlamaRotaryEmbedding:
+    """transformers' plain RoPE with the base that our ladder gives a sequence of `need` tokens.
+
+    Its own dynamic RoPE changes the base at every step and leaves old keys under old bases.
+    """
+    rope, rotary = generator.model.config.rope, generator.model.rotary
+    assert rope is not None
+    assert rotary is not None
+    config = ARCHITECTURES["llama2"]()
+    base = rope.base_at(rotary.rung_for(need, 0))
+    assert base > 2 * rope.theta
+    config.rope_parameters = {"rope_type": "default", "rope_theta": base}
+    return LlamaRotaryEmbedding(config)
 
 
 @pytest.mark.parametrize("name", ["falcon-rw", "falcon-40b", "mistral", "llama-yarn"])
@@ -70,3 +84,21 @@ def test_tokens_through_pages_equal_one_pass_without_a_cache(
     for n in range(16):
         logits_TV = generator.logits(prompt + answer[:n])
         assert int(logits_TV[-1].argmax()) == answer[n]
+
+
+@pytest.mark.slow
+def test_smollm2_reads_and_continues_real_text_as_transformers_does(smollm2_folder: Path) -> None:
+    theirs = AutoModelForCausalLM.from_pretrained(smollm2_folder, dtype=torch.float32).eval()
+    generator = Generator(load_model(smollm2_folder), Tokenizer.from_folder(smollm2_folder))
+    text = (Path(__file__).parents[1] / "data/falconlite/example_long_ctx.txt").read_text()[:1500]
+    prompt = generator.tokenizer.encode(text)
+    assert len(prompt) > 250
+    with torch.inference_mode():
+        expected_TV = theirs(torch.tensor([prompt])).logits[0]
+    assert_equal_logits(generator.logits(prompt), expected_TV)
+    with torch.inference_mode():
+        continued = theirs.generate(
+            torch.tensor([prompt]), do_sample=False, max_new_tokens=64, min_new_tokens=64
+        )[0, len(prompt) :].tolist()
+    answer = generator.generate(prompt, max_new_tokens=64, min_new_tokens=64)
+    assert answer.token_ids == continued
