@@ -10,6 +10,7 @@ unacceptable │   └── TokenizerError     the tokenizer's files are missin
 │   └── TemplateError      the chat template refused the messages, or ran past its limits
 ├── LogitsError            the model's output allows no next token
 ├── CapacityError          the plan does not fit the memory that was given
+├── CalibrationError       the calibration text cannot be read, or is too little
 ├── HubError               a download failed, or is needed while offline
 └── ConvertError           a foreign file cannot be converted
 
@@ -100,6 +101,10 @@ class LogitsError(LongwingError):
 
 class CapacityError(LongwingError):
     """The plan does not fit the memory that was given."""
+
+
+class CalibrationError(LongwingError):
+    """The calibration text cannot be read, or there is too little of it."""
 
 
 class HubError(LongwingError):

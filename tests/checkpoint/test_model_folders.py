@@ -152,7 +152,7 @@ def test_an_unknown_tensor_is_an_error_with_its_name(dense):
 def test_shards_we_write_read_back_here_and_in_the_library(tmp_path, limit, num_files):
     tensors = good_folders.dense_tensors()
     good_folders.write_config(tmp_path)
-    write_shards(tmp_path, tensors, {"format": "pt"}, max_shard_bytes=limit)
+    write_shards(tmp_path, tensors.items(), {"format": "pt"}, max_shard_bytes=limit)
     checkpoint = assert_holds(tmp_path, tensors)
     assert checkpoint.metadata == {"format": "pt"}
     files = sorted(tmp_path.glob("*.safetensors"))
@@ -166,7 +166,7 @@ def test_transformers_finds_our_shards(tmp_path):
     from transformers.utils.hub import get_checkpoint_shard_files
 
     tensors = good_folders.dense_tensors()
-    write_shards(tmp_path, tensors, {"format": "pt"}, max_shard_bytes=9000)
+    write_shards(tmp_path, tensors.items(), {"format": "pt"}, max_shard_bytes=9000)
     files, metadata = get_checkpoint_shard_files(str(tmp_path), str(tmp_path / corrupt.INDEX))
     assert sorted(Path(file).name for file in files) == sorted(
         path.name for path in tmp_path.glob("*.safetensors")
@@ -178,5 +178,5 @@ def test_opening_a_model_of_forty_thousand_tensors_takes_headers_only(tmp_path):
     """Two shards of 20,000 tensors each."""
     good_folders.write_config(tmp_path)
     tensors = {f"model.layers.{k}.weight": torch.zeros(1) for k in range(40_000)}
-    write_shards(tmp_path, tensors, {}, max_shard_bytes=80_000)
+    write_shards(tmp_path, tensors.items(), {}, max_shard_bytes=80_000)
     assert len(Checkpoint.open(tmp_path).tensors) == 40_000

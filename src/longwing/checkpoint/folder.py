@@ -12,7 +12,7 @@ file is whole, every tensor has exactly one place, and index and shards say the 
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -119,39 +119,48 @@ class Checkpoint:
 
 def write_shards(
     folder: Path,
-    tensors: Mapping[str, Tensor],
+    tensors: Iterable[tuple[str, Tensor]],
     metadata: Mapping[str, str],
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Write tensors as model.safetensors, or as numbered shards and their index when they are many.
 
     Meant for an empty folder (`new_folder`): files of an earlier, longer set are not removed.
-    Tensors keep the mapping's order from shard to shard, and one larger than the limit gets a shard
-    of its own.
+    Tensors keep their order from shard to shard, and one larger than the limit gets a shard of its
+    own. They are taken one by one, so a generator needs the memory of one shard only.
 
     Raises:
         CheckpointError: a tensor that the format cannot hold, or the system refuses to write.
     """
-    groups: list[dict[str, Tensor]] = [{}]
-    filled = 0
-    for name, tensor in tensors.items():
-        if groups[-1] and filled + tensor.nbytes > max_shard_bytes:
-            groups.append({})
+    shards: list[list[str]] = []
+    pending: dict[str, Tensor] = {}
+    filled = total = 0
+
+    def flush() -> None:
+        write_tensor_file(folder / f"shard-{len(shards)}.safetensors", pending, metadata)
+        shards.append(list(pending))
+        pending.clear()
+
+    for name, tensor in tensors:
+        if pending and filled + tensor.nbytes > max_shard_bytes:
+            flush()
             filled = 0
-        groups[-1][name] = tensor
+        pending[name] = tensor
         filled += tensor.nbytes
-    if len(groups) == 1:
-        write_tensor_file(folder / "model.safetensors", tensors, metadata)
-        return
+        total += tensor.nbytes
+    flush()
+    # How many there are is known only now, and their names say it.
     weight_map = {}
-    for number, group in enumerate(groups, start=1):
-        shard = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
-        write_tensor_file(folder / shard, group, metadata)
-        weight_map.update(dict.fromkeys(group, shard))
-    total = sum(tensor.nbytes for tensor in tensors.values())
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    with new_file(folder / INDEX) as stream:
-        stream.write(json.dumps(index, indent=2).encode() + b"\n")
+    for number, names in enumerate(shards):
+        final = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+        if len(shards) == 1:
+            final = "model.safetensors"
+        os.rename(folder / f"shard-{number}.safetensors", folder / final)
+        weight_map.update(dict.fromkeys(names, final))
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        with new_file(folder / INDEX) as stream:
+            stream.write(json.dumps(index, indent=2).encode() + b"\n")
 
 
 def _model_folder(path: Path) -> Path:

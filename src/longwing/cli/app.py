@@ -18,6 +18,7 @@ from longwing.cli.generate import generate
 from longwing.cli.inspect import inspect
 from longwing.cli.plan import plan
 from longwing.cli.pull import pull
+from longwing.cli.quantize import quantize
 from longwing.cli.verify import verify
 from longwing.errors import LongwingError
 
@@ -56,7 +57,7 @@ def _options(
     )
 
 
-for verb in (generate, chat, inspect, verify, convert, pull, plan):
+for verb in (generate, chat, inspect, plan, quantize, verify, convert, pull):
     app.command()(verb)
 
 

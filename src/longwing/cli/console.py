@@ -8,7 +8,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Annotated
 
 import typer
@@ -85,6 +85,22 @@ def progress(label: str, *, in_bytes: bool = False) -> Iterator[Advance]:
 
         def advance(done: int, total: int) -> None:
             bar.update(task, completed=done, total=total)
+
+        yield advance
+
+
+@contextmanager
+def progress_by_part() -> Iterator[Callable[[str, int, int], None]]:
+    """As `progress`, for work that names the part it is at: one bar after another."""
+    with ExitStack() as stack:
+        current: dict[str, Advance] = {}
+
+        def advance(part: str, done: int, total: int) -> None:
+            if part not in current:
+                stack.close()
+                current.clear()
+                current[part] = stack.enter_context(progress(part))
+            current[part](done, total)
 
         yield advance
 

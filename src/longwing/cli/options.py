@@ -1,7 +1,7 @@
 """Options made from dataclasses: a field's type, default and help are written once, where they act.
 
-Writing `@filled_by(SamplingParams, "Sampling")` over a verb gives it one option a field, and hands it
-the finished object.
+Writing `@filled_by(SamplingParams, "Sampling")` over a verb gives it one option a field, and hands
+it the finished object.
 """
 
 import functools

@@ -12,7 +12,7 @@ The one idea: along the packed axis the values form a little-endian bit stream, 
 is bit-identical to what AutoGPTQ writes with its per-width cases.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -62,6 +62,16 @@ class PackedWeight:
         """Bytes that the tensors take."""
         tensors = (self.qweight_WN, self.zeros_GN, self.scales_GN, self.g_idx_K)
         return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+    def to(self, device: torch.device | str) -> "PackedWeight":
+        """The same weight on a device."""
+        return replace(
+            self,
+            qweight_WN=self.qweight_WN.to(device),
+            zeros_GN=self.zeros_GN.to(device),
+            scales_GN=self.scales_GN.to(device),
+            g_idx_K=None if self.g_idx_K is None else self.g_idx_K.to(device),
+        )
 
     def group_of_row_K(self) -> Tensor:
         """(K,) int64: the group of each input row, whether stored or implied."""

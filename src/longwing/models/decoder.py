@@ -17,6 +17,10 @@ from longwing.layers import Embedding, Linear, Rotation
 from longwing.models.config import ModelConfig
 from longwing.rope import RotaryTables
 
+Stage = tuple[tuple[str, ...], ...]
+"""Linears of a block that can be quantised on one reading of its input: names inside the block, in
+groups that share their input."""
+
 
 class Decoder(nn.Module):
     """A decoder-only language model over packed tokens.
@@ -29,12 +33,14 @@ class Decoder(nn.Module):
         context: the longest sequence it is set up for, in tokens.
         rotary: the RoPE tables of that context; None for ALiBi models.
         EMBEDDING, BLOCKS, NORM: where a family keeps its parts, as dotted module names.
+        stages: the linears of a block in the order in which they see their input, for quantising.
     """
 
     EMBEDDING: str
     BLOCKS: str
     NORM: str
 
+    stages: tuple[Stage, ...]
     lm_head: Linear
 
     def __init__(self, config: ModelConfig, context: int) -> None:

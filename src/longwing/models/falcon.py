@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from longwing.kernels import AttentionInputs, AttentionSpec, alibi_slopes
 from longwing.layers import Attention, Embedding, Linear, Rotation, activation
 from longwing.models.config import ModelConfig
-from longwing.models.decoder import Decoder
+from longwing.models.decoder import Decoder, Stage
 
 
 class Falcon(Decoder):
@@ -34,6 +34,7 @@ class Falcon(Decoder):
         )
         self.transformer.ln_f = _layer_norm(config)
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.stages = _stages(config)
 
 
 class FalconBlock(nn.Module):
@@ -115,3 +116,13 @@ class FalconMLP(nn.Module):
 
 def _layer_norm(config: ModelConfig) -> nn.LayerNorm:
     return nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
+
+
+def _stages(config: ModelConfig) -> tuple[Stage, ...]:
+    """In a parallel block both branches read the residual alone, so two stages do."""
+    qkv, out = "self_attention.query_key_value", "self_attention.dense"
+    up, down = "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"
+    if not config.parallel_block:
+        return (((qkv,),), ((out,),), ((up,),), ((down,),))
+    first: Stage = ((qkv, up),) if config.num_norms == 1 else ((qkv,), (up,))
+    return (first, ((out,), (down,)))

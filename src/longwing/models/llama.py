@@ -30,6 +30,12 @@ class Llama(Decoder):
         )
         self.model.norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.stages = (
+            (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),),
+            (("self_attn.o_proj",),),
+            (("mlp.gate_proj", "mlp.up_proj"),),
+            (("mlp.down_proj",),),
+        )
 
 
 class LlamaBlock(nn.Module):

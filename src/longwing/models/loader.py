@@ -69,7 +69,7 @@ def load_model(
     on_cpu = device.type == "cpu"
     if dtype is None:
         dtype = torch.float32 if on_cpu else DTYPES.get(config.dtype, torch.bfloat16)
-    filler = _Filler(
+    filler = Filler(
         model=model,
         checkpoint=checkpoint,
         device=device,
@@ -78,6 +78,8 @@ def load_model(
         progress=progress,
     )
     filler.fill(inventory)
+    if progress is not None:
+        progress(filler.total, filler.total)
     model.place_tables(device)
     return model.eval()
 
@@ -101,8 +103,17 @@ def with_rope(config: ModelConfig, rope: RopeConfig) -> ModelConfig:
     return replace(config, rope=rope)
 
 
-class _Filler:
-    """Gives a storage-less model its tensors, one by one."""
+class Filler:
+    """Gives a storage-less model its tensors, one by one, all of them or one part's.
+
+    Args:
+        model: the model, on the meta device or partly filled.
+        checkpoint: where the tensors are.
+        device: where they go.
+        dtype: number type of what is dense.
+        unpack: make packed weights dense.
+        progress: called with (bytes read, bytes in the checkpoint).
+    """
 
     def __init__(
         self,
@@ -112,7 +123,7 @@ class _Filler:
         device: torch.device,
         dtype: torch.dtype,
         unpack: bool,
-        progress: Progress | None,
+        progress: Progress | None = None,
     ) -> None:
         self.model = model
         self.checkpoint = checkpoint
@@ -123,19 +134,18 @@ class _Filler:
         self.done = 0
         self.total = sum(info.nbytes for info in checkpoint.tensors.values())
 
-    def fill(self, inventory: Inventory) -> None:
-        """Read everything the inventory names."""
+    def fill(self, inventory: Inventory, part: str = "") -> None:
+        """Read what the inventory names, within a part such as "model.layers.3." or everywhere."""
         packed = set(inventory.packed)
         for name, linear in self.model.linears():
             # A packed layer without settings is a problem of the inventory; none comes this far.
-            if name in packed and self.checkpoint.quant is not None:
+            if name in packed and name.startswith(part) and self.checkpoint.quant is not None:
                 self._packed(name, linear, self.checkpoint.quant)
         for own, theirs in inventory.dense.items():
-            _set(self.model, own, self._dense(theirs))
-        if inventory.tied:
+            if own.startswith(part):
+                _set(self.model, own, self._dense(theirs))
+        if inventory.tied and not part:
             self._tie()
-        if self.progress is not None:
-            self.progress(self.total, self.total)
 
     def _dense(self, name: str) -> Tensor:
         """One tensor, cast and placed; refused when a value is not finite."""
