@@ -8,19 +8,20 @@ Shape key: T new tokens of a step, P pages, B slots in a page, K KV heads, H hea
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence, Set
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from longwing.checkpoint import Checkpoint
 from longwing.engine.request import FinishReason, SamplingParams
 from longwing.engine.sampler import SamplingState, sample
 from longwing.engine.stop import StopStrings
-from longwing.errors import ContextLengthError, RequestError
+from longwing.errors import ContextLengthError, RequestError, SamplingError
 from longwing.kernels import AttentionInputs, KVPages
-from longwing.models import DTYPES, Decoder, load_model
+from longwing.models import DTYPES, Decoder, Fields, ModelConfig, load_model
 from longwing.plan import PREFILL_CHUNK
 from longwing.rope import RopeConfig
 from longwing.tokenizer import Tokenizer
@@ -148,7 +149,7 @@ class Generator:
         """Answer a prompt piece by piece; as `generate`, and refuses what it refuses at once."""
         if params is not None and settings:
             raise RequestError("give either params or single settings, not both")
-        params = params or SamplingParams(**settings)  # type: ignore[arg-type]
+        params = params or _params(settings)
         prompt_ids = self._ids(prompt)
         if not prompt_ids:
             raise RequestError("the prompt is empty; give at least one token")
@@ -195,10 +196,9 @@ class Generator:
             return self.model.logits(hidden_TD)
 
     def _ids(self, prompt: str | Sequence[int]) -> list[int]:
-        if isinstance(prompt, str):
-            return self.tokenizer.encode(prompt)
-        self._check_ids(prompt)
-        return list(prompt)
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        self._check_ids(ids)
+        return ids
 
     def _check_ids(self, token_ids: Sequence[int]) -> None:
         """Refuse an id outside the vocabulary."""
@@ -214,6 +214,17 @@ class Generator:
         if left < max(wanted or 1, 1):
             raise ContextLengthError(len(prompt_ids), wanted or 1, self.context)
         return left if wanted is None else wanted
+
+
+def _params(settings: Mapping[str, object]) -> SamplingParams:
+    """Sampling settings out of keyword arguments."""
+    known = {setting.name for setting in fields(SamplingParams)}
+    for name in settings:
+        if name not in known:
+            raise SamplingError(
+                f"{name} is no sampling setting; known are {', '.join(sorted(known))}"
+            )
+    return SamplingParams(**settings)  # type: ignore[arg-type]
 
 
 def _choose(logits_V: Tensor, state: SamplingState) -> Token:
@@ -258,7 +269,7 @@ class _Answer:
         return text
 
     def _ends_at(self, token: Token) -> FinishReason | None:
-        """Why this token ends the answer, if it does; a token that says so is not part of the text."""
+        """Why this token ends the answer, if it does. An end token is not part of the text."""
         if token.id in self._stop_ids:
             return FinishReason.STOP_SEQUENCE
         if token.id in self._end_ids:
@@ -350,7 +361,10 @@ def load(
         raise RequestError(f'dtype "{dtype}" is not one of auto, {", ".join(DTYPES)}')
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    tokenizer = Tokenizer.from_folder(Path(path))
+    # Settings and tokenizer before gigabytes of weights: a folder at fault is refused at once.
+    checkpoint = Checkpoint.open(path)
+    config = ModelConfig.from_hf(checkpoint.config)
+    tokenizer = Tokenizer.from_folder(Path(path), eos_ids=_also_end(checkpoint, config))
     model = load_model(
         Path(path),
         device=device,
@@ -360,3 +374,9 @@ def load(
         progress=progress,
     )
     return Generator(model, tokenizer)
+
+
+def _also_end(checkpoint: Checkpoint, config: ModelConfig) -> tuple[int, ...]:
+    """Tokens that end an answer by generation_config.json; chat models often say it only there."""
+    fields = Fields(checkpoint.generation_config, "generation_config.json")
+    return fields.ids("eos_token_id", high=config.vocab_size)

@@ -2,6 +2,7 @@
 
 from longwing.models.config import ModelConfig
 from longwing.models.decoder import Decoder, Stage
+from longwing.models.fields import Fields
 from longwing.models.inventory import Inventory, take_inventory
 from longwing.models.loader import (
     ARCHITECTURES,
@@ -17,6 +18,7 @@ __all__ = [
     "ARCHITECTURES",
     "DTYPES",
     "Decoder",
+    "Fields",
     "Filler",
     "Inventory",
     "ModelConfig",
