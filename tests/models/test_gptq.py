@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import FalconConfig, LlamaConfig, PretrainedConfig
+from transformers import FalconConfig, LlamaConfig, PretrainedConfig, Qwen2Config
 
 from gptq_writer import write_gptq
 from longwing.models import load_model
@@ -26,7 +26,11 @@ def _config(family: str) -> PretrainedConfig:
             new_decoder_architecture=True,
             ffn_hidden_size=256,
         )
-    return LlamaConfig(**shape, num_attention_heads=4, num_key_value_heads=2, intermediate_size=256)
+    if family == "falcon-rw":
+        alibi = {"alibi": True, "parallel_attn": False, "multi_query": False, "bias": True}
+        return FalconConfig(**shape, num_attention_heads=4, ffn_hidden_size=256, **alibi)
+    kind = {"llama": LlamaConfig, "qwen2": Qwen2Config}[family]
+    return kind(**shape, num_attention_heads=4, num_key_value_heads=2, intermediate_size=256)
 
 
 def _check(folder: Path, judge: torch.nn.Module, unpack: bool) -> None:
@@ -72,6 +76,15 @@ def test_file_named_by_autogptq_is_found(family: str, tmp_path: Path) -> None:
         file="gptq_model-4bit--1g.safetensors",
     )
     _check(tmp_path, judge, unpack=True)
+
+
+@pytest.mark.parametrize("unpack", [True, False])
+@pytest.mark.parametrize("family", ["falcon-rw", "qwen2"])
+def test_packed_layers_keep_the_biases_of_their_model(
+    family: str, unpack: bool, tmp_path: Path
+) -> None:
+    judge = write_gptq(_config(family), tmp_path, bits=4)
+    _check(tmp_path, judge, unpack=unpack)
 
 
 def test_settings_inside_config_json_are_read(tmp_path: Path) -> None:

@@ -161,12 +161,11 @@ class Filler:
         """One packed linear, kept packed or made dense, and its bias wherever it came from."""
         packed = read_packed(self.checkpoint, name, linear.in_features, linear.out_features, quant)
         self._advance(packed.nbytes)
+        placed = packed.to(self.device)
         if self.unpack:
-            linear.set_dense(packed, self.dtype)
-            linear.to(self.device)
+            linear.set_dense(placed, self.dtype)
         else:
-            linear.set_packed(packed)
-            linear.to(self.device)
+            linear.set_packed(placed)
         bias = f"{name}.bias"
         # Early GPTQ savers added a bias to every packed layer, whether the model had one or not.
         if bias in self.checkpoint.tensors:

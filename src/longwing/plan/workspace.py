@@ -98,8 +98,8 @@ def mask_bytes(config: ModelConfig, tokens: int, context: int, value_bytes: int)
 def dequantised_bytes(model: Decoder, value_bytes: int) -> int:
     """One packed matrix, the largest, while it is made dense to be multiplied with.
 
-    That is how `kernels.packed_matmul` works: the whole matrix in the activations' dtype, made a tile
-    of 32 rows or more at a time.
+    That is how `kernels.packed_matmul` works: the whole matrix in the activations' dtype, made in
+    tiles of 32 rows or more.
     """
     _, largest = max(
         block_linears(model), key=lambda named: named[1].in_features * named[1].out_features
