@@ -8,8 +8,6 @@ columns of a part in registers. Triton cannot index registers by a loop variable
 column j is taken out as a sum over columns in which all others are masked.
 """
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -46,18 +44,18 @@ def round_columns(
 
 
 def _round_columns(
-    base: Any,
-    T: Any,
-    scale: Any,
-    low: Any,
-    high: Any,
-    L: Any,
-    P: Any,
-    c: Any,
-    V: Any,
-    E: Any,
-    B: Any,
-    N: Any,
+    base: tl.tensor,
+    T: tl.tensor,
+    scale: tl.tensor,
+    low: tl.tensor,
+    high: tl.tensor,
+    L: tl.tensor,
+    P: tl.tensor,
+    c: tl.tensor,
+    V: tl.tensor,
+    E: tl.tensor,
+    B: tl.tensor,
+    N: tl.tensor,
     has_P: tl.constexpr,
     rows: tl.constexpr,
     lanes: tl.constexpr,
