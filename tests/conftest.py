@@ -1,34 +1,19 @@
 """Tiny models that transformers makes and saves, for every room's tests."""
 
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer as RustTokenizer
-from tokenizers import decoders, models, pre_tokenizers
 
 from longwing import demo
-from tiny import ARCHITECTURES, save_model
+from tiny import ARCHITECTURES, save_model, write_tokenizer
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     """Tiny matrices are slower on many threads, and sums keep one order."""
     torch.set_num_threads(1)
-
-
-def write_tokenizer(folder: Path) -> None:
-    """A byte-level tokenizer with one special token, `<end>` = 256."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = RustTokenizer(models.BPE({char: i for i, char in enumerate(alphabet)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<end>"])
-    tokenizer.save(str(folder / "tokenizer.json"))
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<end>"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
 @pytest.fixture(scope="session")

@@ -4,11 +4,14 @@ All weights are random and none is left at its neutral start (norms at 1, biases
 part that is left out, or applied twice, shows.
 """
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer as RustTokenizer
+from tokenizers import decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     FalconConfig,
@@ -122,3 +125,15 @@ def save_model(config: PretrainedConfig, folder: Path, seed: int = 0) -> PreTrai
     model = make_model(config, seed)
     model.save_pretrained(folder)
     return model
+
+
+def write_tokenizer(folder: Path) -> None:
+    """A byte-level tokenizer with one special token, `<end>` = 256."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = RustTokenizer(models.BPE({char: i for i, char in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<end>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<end>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))

@@ -12,12 +12,11 @@ from safetensors.torch import load_file, save_file
 from transformers import FalconConfig
 
 from checkpoint.corrupt import CorruptCase, cases
-from conftest import write_tokenizer
 from gptq_writer import write_gptq
 from longwing.errors import CheckpointError
 from longwing.models import load_model
 from longwing.verify import verify
-from tiny import ARCHITECTURES, COMMON, save_model
+from tiny import ARCHITECTURES, COMMON, save_model, write_tokenizer
 
 CASES = cases()
 

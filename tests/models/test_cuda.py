@@ -8,10 +8,9 @@ import pytest
 import torch
 from transformers import FalconConfig
 
-from conftest import write_tokenizer
 from gptq_writer import write_gptq
 from longwing.engine.generator import load
-from tiny import ARCHITECTURES, COMMON
+from tiny import ARCHITECTURES, COMMON, write_tokenizer
 
 pytestmark = [
     pytest.mark.gpu,

@@ -43,4 +43,4 @@ def test_tensor_cores_sum_in_float32(dtype: torch.dtype) -> None:
         stats.add(batch)
     exact = x.double().T @ x.double()
     size = exact.diagonal().sqrt()
-    assert torch.all((stats.H - exact).abs() <= 2e-6 * size[:, None] * size)
+    assert torch.all((stats.H - exact).abs() <= 1e-5 * size[:, None] * size)

@@ -11,7 +11,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import FalconConfig, LlamaConfig
 
-from conftest import write_tokenizer
 from gptq_writer import dequantise
 from longwing.checkpoint import Checkpoint
 from longwing.errors import CalibrationError, CheckpointError, ConfigError
@@ -21,7 +20,7 @@ from longwing.quant.quantize import quantize
 from longwing.quant.spec import QuantSpec
 from longwing.tokenizer import Tokenizer
 from longwing.verify import verify
-from tiny import COMMON, save_model
+from tiny import COMMON, save_model, write_tokenizer
 
 TEXT = "The quick brown fox jumps over the lazy dog. " * 40
 

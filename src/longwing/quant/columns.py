@@ -19,6 +19,9 @@ from longwing.quant.spec import QuantSpec
 
 _HAS_TRITON = find_spec("triton") is not None
 
+_FUSED_COLUMNS = 128
+"""The kernel keeps a part in registers, which hold no more columns than these."""
+
 Rows = slice | Tensor
 """The columns of one group: a run of them, or their numbers."""
 
@@ -188,7 +191,7 @@ def _round_part(
 ) -> None:
     """The loop over columns: 5 small operations each, all rows at once, and no waiting.
 
-    On CUDA one kernel does it all, for parts of up to 128 columns. Its sums are in another order.
+    On CUDA one kernel does it all, for parts that are not too long. Its sums are in another order.
 
     Args:
         base: (B, N) the columns' values but for what happens inside this part.
@@ -204,7 +207,7 @@ def _round_part(
     """
     scale, zero = grid.scale_GO[group_of], grid.zero_GO[group_of]
     low, high = -zero, 2**bits - 1 - zero
-    if _HAS_TRITON and T.is_cuda and T.dtype == torch.float32 and len(T) <= 128:
+    if _HAS_TRITON and T.is_cuda and T.dtype == torch.float32 and len(T) <= _FUSED_COLUMNS:
         from longwing.quant.fused import round_columns
 
         round_columns(base, T, (scale, low, high), L, P, out)

@@ -78,9 +78,9 @@ def solve(W_OI: Tensor, stats: Statistics | None, spec: QuantSpec, *, min_zero: 
         The same result, bit for bit, for the same arguments on the same device.
 
     Cost, with N = O and K = I, in flop: K³/3 for the factor; N K² for each of 1 + refits rounds of
-    rounding; 4 N K² for each sweep, for the report, and for "qronos"; K³ for "gptaq". Each of these
-    passes also runs 5 small operations per column, which on a GPU take longer than the flop unless
-    N K² is above some 10^12. Memory on top of the arguments: 4 (2 K² + 7 N K) bytes, with drift
+    rounding; 4 N K² for each sweep, as much for the report and for "qronos"; K³ for "gptaq". On a
+    GPU the search for scales and the inner loop take about as long, without Triton 100 µs more for
+    each column and pass. Memory on top of the arguments: 4 (2 K² + 7 N K) bytes, with drift
     4 (3 K² + 8 N K).
 
     Raises:
@@ -131,33 +131,21 @@ def _round_to_nearest(W: Tensor, H: Tensor | None, spec: QuantSpec, min_zero: in
 def _feed_back(
     W: Tensor, H: Tensor, D: Tensor | None, spec: QuantSpec, min_zero: int
 ) -> tuple[PackedWeight, float]:
-    """GPTQ, GPTAQ or Qronos. Returns the weights and the damping that it took.
-
-    GPTQ comes close to W. Qronos minimises ‖W X_fp − Ŵ X‖², which is ‖(T − Ŵ) X‖² and a constant,
-    with T = W + W D H⁻¹: GPTQ towards T. (Of the paper's steps the first alone differs: it rounds
-    the first column as if the others were to stay.) GPTAQ makes up for the drift of each column by
-    the columns after it.
-    """
+    """GPTQ, GPTAQ or Qronos. Returns the weights and the damping that it took."""
     K, N = W.shape
     G = spec.num_groups(K)
+    natural = torch.arange(K, device=W.device)
     # Stable, so that equal diagonals fall into the same order everywhere.
     ranks = torch.argsort(H.diagonal(), descending=True, stable=True)
-    order = ranks if spec.act_order else torch.arange(K, device=W.device)
+    order = ranks if spec.act_order else natural
     R, damp_percent = _factorise(H, order, spec.damp_percent)
-    goal = T = W[order]
-    M = None
-    if spec.needs_drift and D is not None:
-        D = D[order[:, None], order].mul_(spec.correction)
-        goal = T + _least_squares(R, D.T @ T)
-        if spec.method == "qronos":
-            T = goal
-        else:
-            # The paper's P times R: D R⁻ᵀ above the diagonal.
-            M = torch.linalg.solve_triangular(R.T, D, upper=False, left=False).triu_(1)
-    h, grid = R.diagonal().square(), None
+    T, goal, M = _targets(
+        W[order], R, _permuted(D, order) if D is not None and spec.needs_drift else None, spec
+    )
     ahead = spec.static_groups or G == 1
-    group_of = (order if ahead else torch.arange(K, device=W.device)) // (K // G)
+    group_of = (order if ahead else natural) // (K // G)
     members = torch.argsort(group_of, stable=True)
+    h = R.diagonal().square()
 
     def fit_to(values: Tensor) -> Grid:
         return fit(values[members].view(G, -1, N), h[members].view(G, -1), spec, min_zero=min_zero)
@@ -166,14 +154,32 @@ def _feed_back(
     c, values, grid = round_in_order(T, R, M, grid, group_of, spec, min_zero)
     for _ in range(spec.refits):
         c, values, grid = round_in_order(T, R, M, fit_to(values), group_of, spec, min_zero)
-    natural = torch.argsort(order)
-    c, g_idx_K = c[natural], group_of[natural]
+    back = torch.argsort(order)
+    c, goal, g_idx_K = c[back], goal[back], group_of[back]
+    del T, R, M, values
     if spec.sweeps:
-        T = goal[natural]
-        del R, M, values
-        descend(T, H, c, grid, _groups(g_idx_K, G, spec), spec)
+        descend(goal, H, c, grid, _groups(g_idx_K, G, spec), spec)
     q_KN = c.add_(grid.zero_GO[g_idx_K])
     return _packed(q_KN, grid, g_idx_K if spec.desc_act else None, spec), damp_percent
+
+
+def _targets(
+    W: Tensor, D: Tensor | None, R: Tensor, order: Tensor, spec: QuantSpec
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What to round towards at first, what at last, and M, how values move later columns times R.
+
+    GPTQ comes close to W. Qronos minimises ‖W X_fp − Ŵ X‖², which is ‖(T − Ŵ) X‖² and a constant,
+    with T = W + W D H⁻¹: it is GPTQ towards T. (Of the paper's steps only the first differs: it
+    rounds the first column as if the others were to stay.) GPTAQ makes up for the drift of each
+    column by the columns after it, through its matrix P = M R⁻¹; its objective is the same.
+    """
+    if D is None or not spec.needs_drift:
+        return W, W, None
+    D = _permuted(D, order).mul_(spec.correction)
+    T = W + _least_squares(R, D.T @ W)
+    if spec.method == "qronos":
+        return T, T, None
+    return W, T, torch.linalg.solve_triangular(R.T, D, upper=False, left=False).triu_(1)
 
 
 def _factorise(H: Tensor, order: Tensor, damp_percent: float) -> tuple[Tensor, float]:
@@ -186,7 +192,7 @@ def _factorise(H: Tensor, order: Tensor, damp_percent: float) -> tuple[Tensor, f
     it, as surely as a negative one does.
     """
     backwards = order.flip(0)
-    A = H[backwards[:, None], backwards]
+    A = _permuted(H, backwards)
     diagonal = A.diagonal()
     live = diagonal > 0
     mean = diagonal.sum() / live.sum().clamp(min=1)
@@ -209,6 +215,12 @@ def _factorise(H: Tensor, order: Tensor, damp_percent: float) -> tuple[Tensor, f
             )
         damp_percent = min(max(2 * damp_percent, 1e-4), _GIVE_UP)
         log.warning("Cholesky factorisation failed; damping raised to %g", damp_percent)
+
+
+def _permuted(A: Tensor, order: Tensor) -> Tensor:
+    """Rows and columns in `order`."""
+    # A[order[:, None], order] would first make two tensors of 8-byte indices, each as large as A.
+    return A.index_select(0, order).index_select(1, order)
 
 
 def _least_squares(R: Tensor, B: Tensor) -> Tensor:

@@ -21,8 +21,9 @@ MIN_SCALE = 2.0**-19
 
 MAX_SCALE = 65504.0
 
-_SHRINK, _NUM_SHRINKS = 0.96, 64
-"""The search shrinks the range by 4% at a time, down to 8% of it: outliers stand far out."""
+_SHRINK, _NUM_SHRINKS = 0.93, 36
+"""The search shrinks the range by 7% at a time, down to 8% of it: outliers stand far out. Steps of
+1% would lower the weighted error by another 0.3% at 4 bits, and less at 2 and 3."""
 
 _ELEMENTS = 2**22
 """Elements of one temporary of the search; it holds about four."""
@@ -50,7 +51,7 @@ def fit(W_GIO: Tensor, h_GI: Tensor, spec: QuantSpec, *, min_zero: int = 0) -> G
         spec: bits, sym and grid.
         min_zero: smallest zero point allowed with sym off.
 
-    Cost of "mse": about 70 passes over the weights, 200 with sym off; memory is bounded.
+    Cost of "mse": about 40 passes over the weights, 120 with sym off; memory is bounded.
     """
     num_rows = max(1, _ELEMENTS // max(1, W_GIO.shape[0] * W_GIO.shape[1]))
     grids = [_fit_some(W, h_GI, spec, min_zero) for W in torch.split(W_GIO, num_rows, dim=2)]
