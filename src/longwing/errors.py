@@ -2,14 +2,14 @@
 
 LongwingError
 ├── CheckpointError        a model folder cannot be used: names file, tensor and reason
-│   ├── ConfigError        config.json (or a RoPE or quantisation setting) says something
-unacceptable │   └── TokenizerError     the tokenizer's files are missing or broken
+│   ├── ConfigError        a settings file, or a setting, says something unacceptable
+│   └── TokenizerError     the tokenizer's files are missing or broken
 ├── RequestError           the caller of a loaded model asked for something it cannot do
 │   ├── ContextLengthError prompt + answer do not fit the context
 │   ├── SamplingError      a sampling parameter is out of its range
 │   └── TemplateError      the chat template refused the messages, or ran past its limits
 ├── LogitsError            the model's output allows no next token
-├── CapacityError          the plan does not fit the memory that was given
+├── CapacityError          there is not enough memory
 ├── CalibrationError       the calibration text cannot be read, or is too little
 ├── HubError               a download failed, or is needed while offline
 └── ConvertError           a foreign file cannot be converted
@@ -100,7 +100,7 @@ class LogitsError(LongwingError):
 
 
 class CapacityError(LongwingError):
-    """The plan does not fit the memory that was given."""
+    """There is not enough memory: by the plan, or found out while at work."""
 
 
 class CalibrationError(LongwingError):

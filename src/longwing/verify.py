@@ -10,7 +10,14 @@ from pathlib import Path
 
 from longwing.checkpoint import MANIFEST, Checkpoint, check_manifest, packed_names, read_packed
 from longwing.errors import CheckpointError
-from longwing.models import Inventory, ModelConfig, empty_model, not_finite, take_inventory
+from longwing.models import (
+    Inventory,
+    ModelConfig,
+    empty_model,
+    end_ids,
+    not_finite,
+    take_inventory,
+)
 from longwing.tokenizer import Tokenizer
 
 Progress = Callable[[int, int], None]
@@ -65,6 +72,9 @@ def verify(folder: Path, *, values: bool = True, progress: Progress | None = Non
     else:
         if config.unknown:
             notes.append(f"config.json fields not known here: {', '.join(config.unknown)}")
+        problems += _bad_generation_config(checkpoint, config)
+        if checkpoint.quant is not None:
+            notes += checkpoint.quant.notes
         inventory = take_inventory(empty_model(config), checkpoint)
         problems += inventory.problems
         if values:
@@ -125,6 +135,15 @@ def _bad_values(
             yield problem
         if progress is not None:
             progress(done, total)
+
+
+def _bad_generation_config(checkpoint: Checkpoint, config: ModelConfig) -> list[CheckpointError]:
+    """What generation_config.json says of ends of answers, if it cannot be used."""
+    try:
+        end_ids(checkpoint.generation_config, config.vocab_size)
+    except CheckpointError as error:
+        return [error]
+    return []
 
 
 def _bad_tokenizer(folder: Path) -> list[CheckpointError]:

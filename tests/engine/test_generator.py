@@ -6,10 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from longwing.engine.generator import Generator, load
 from longwing.engine.request import FinishReason, SamplingParams
-from longwing.errors import ContextLengthError, RequestError, SamplingError
+from longwing.errors import CapacityError, ContextLengthError, RequestError, SamplingError
 
 Folder = Callable[[str], Path]
 
@@ -56,10 +57,29 @@ def test_end_tokens_of_generation_config_are_obeyed(tiny_folder: Folder, tmp_pat
     assert answer.finish_reason is FinishReason.EOS_TOKEN
 
 
-def test_unset_length_fills_the_context_and_no_more(tiny: Generator) -> None:
-    answer = tiny.generate([1] * 250, ignore_eos=True)
-    assert len(answer.tokens) == 6
+def test_unset_length_is_256_tokens_or_what_the_context_leaves(tiny_folder: Folder) -> None:
+    tiny = load(tiny_folder("falcon-40b"), context=300)
+    assert len(tiny.generate([1] * 3, ignore_eos=True).tokens) == 256
+    answer = tiny.generate([1] * 290, ignore_eos=True)
+    assert len(answer.tokens) == 10
     assert answer.finish_reason is FinishReason.LENGTH
+
+
+def test_running_out_of_memory_is_told_as_such(
+    tiny: Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def exhausted(*_args: object, **_settings: object) -> torch.Tensor:
+        raise torch.OutOfMemoryError("Tried to allocate 20.00 GiB.\nmore")
+
+    monkeypatch.setattr(torch, "empty", exhausted)
+    with pytest.raises(CapacityError, match=r"reading a prompt of 5 tokens: Tried.*longwing plan"):
+        tiny.generate("Hello")
+
+
+@pytest.mark.parametrize("context", [0, -5, 2.5, 2**25])
+def test_context_that_is_no_length_is_refused(context: object, tiny_folder: Folder) -> None:
+    with pytest.raises(RequestError, match=f"context is {context}"):
+        load(tiny_folder("falcon-rw"), context=context)  # type: ignore[arg-type]
 
 
 def test_prompt_longer_than_context_is_refused_and_told_the_limit(tiny: Generator) -> None:
@@ -79,6 +99,14 @@ def test_unusable_requests_are_refused_before_anything_runs(tiny: Generator) -> 
         tiny.stream("x", no_such_setting=1)
     with pytest.raises(RequestError, match="not both"):
         tiny.stream("x", SamplingParams(), temperature=1)
+    with pytest.raises(RequestError, match=r"1\.5 in the prompt is no token id"):
+        tiny.stream([1.5])  # type: ignore[list-item]
+    with pytest.raises(RequestError, match="not NoneType"):
+        tiny.stream(None)  # type: ignore[arg-type]
+    with pytest.raises(RequestError, match="must be SamplingParams, not dict"):
+        tiny.stream("x", {})  # type: ignore[arg-type]
+    with pytest.raises(RequestError, match='device "foo" is not here; there are auto, cpu'):
+        load("anywhere", device="foo")
     with pytest.raises(RequestError, match='dtype "int4" is not one of'):
         load("anywhere", dtype="int4")
 

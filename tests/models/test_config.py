@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 import pytest
+from transformers import MistralConfig
 
 from longwing.errors import ConfigError
 from longwing.models import ModelConfig
@@ -145,6 +146,27 @@ def test_two_names_of_one_field_must_agree() -> None:
         ModelConfig.from_hf({**FALCON_40B_2023, "num_attention_heads": 128, "n_head": 64})
 
 
+def test_ids_below_0_mean_none() -> None:
+    assert ModelConfig.from_hf({**SMOLLM2, "eos_token_id": -1, "bos_token_id": -1}).eos_ids == ()
+
+
+def test_numbers_that_change_nothing_are_accepted_in_any_spelling() -> None:
+    neutral = {"logit_scale": 1, "num_experts": 0, "sliding_window": 0, "use_mrope": False}
+    assert ModelConfig.from_hf({**SMOLLM2, **neutral}).unknown == ()
+
+
+def test_fields_that_a_file_leaves_out_are_what_transformers_takes() -> None:
+    left_out = ("num_key_value_heads", "sliding_window")
+    raw = {key: value for key, value in SMOLLM2.items() if key not in left_out}
+    raw |= {"model_type": "mistral", "num_attention_heads": 16, "hidden_size": 1024}
+    config = ModelConfig.from_hf(raw)
+    theirs = MistralConfig(**{key: raw[key] for key in ("hidden_size", "num_attention_heads")})
+    assert config.num_kv_heads == theirs.num_key_value_heads == 8
+    assert set(config.windows) == {theirs.sliding_window} == {4096}
+    stated = ModelConfig.from_hf({**raw, "sliding_window": None, "num_key_value_heads": None})
+    assert (stated.num_kv_heads, set(stated.windows)) == (16, {None})
+
+
 def test_sliding_windows_follow_each_family_s_rule() -> None:
     mistral = {**SMOLLM2, "model_type": "mistral", "sliding_window": 4096}
     assert set(ModelConfig.from_hf(mistral).windows) == {4096}
@@ -187,7 +209,7 @@ def test_missing_field_is_named(field: str) -> None:
         ({"torch_dtype": "int4"}, "known are"),
         ({"eos_token_id": [2, 99999]}, "not a token id below 49152"),
         ({"eos_token_id": list(range(65))}, "at most 64"),
-        ({"bos_token_id": -1}, "not a token id"),
+        ({"eos_token_id": "2"}, "not a token id"),
         ({"num_attention_heads": 7}, "not a multiple of the 7"),
         ({"num_key_value_heads": 2}, "do not divide"),
         ({"num_key_value_heads": 10}, "outside 1 to 9"),
@@ -198,7 +220,7 @@ def test_missing_field_is_named(field: str) -> None:
         ({"layer_types": ["full_attention"]}, "a list of 30 is needed"),
         ({"layer_types": ["sliding_attention"] * 30}, "sliding_window is not set"),
         ({"layer_types": ["mamba"] * 30}, "known are"),
-        ({"sliding_window": 0, "use_sliding_window": True}, "outside"),
+        ({"sliding_window": -1, "use_sliding_window": True}, "outside"),
         ({"rope_theta": math.nan}, "rope theta is nan"),
         ({"rope_scaling": {"rope_type": "linear", "factor": math.nan}}, "factor"),
         ({"rope_scaling": {"rope_type": "linear", "factor": 0}}, "factor"),
@@ -212,7 +234,10 @@ def test_unacceptable_setting_is_refused_with_its_reason(
         ModelConfig.from_hf({**SMOLLM2, **changes})
 
 
-def test_rope_settings_of_an_alibi_model_are_refused() -> None:
-    scaled = {**FALCON_RW_1B_2023, "rope_scaling": {"type": "dynamic", "factor": 2.0}}
+@pytest.mark.parametrize("dialect", ["rope_scaling", "rope_parameters"])
+def test_rope_settings_of_an_alibi_model_are_refused(dialect: str) -> None:
+    scaled = {**FALCON_RW_1B_2023, dialect: {"rope_type": "dynamic", "factor": 2.0}}
     with pytest.raises(ConfigError, match="ALiBi"):
         ModelConfig.from_hf(scaled)
+    plain = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
+    assert ModelConfig.from_hf({**FALCON_RW_1B_2023, **plain}).rope is None

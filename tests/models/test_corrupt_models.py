@@ -13,7 +13,8 @@ from transformers import FalconConfig
 
 from checkpoint.corrupt import CorruptCase, cases
 from gptq_writer import write_gptq
-from longwing.errors import CheckpointError
+from longwing.engine.generator import load
+from longwing.errors import CheckpointError, ConfigError
 from longwing.models import load_model
 from longwing.verify import verify
 from tiny import ARCHITECTURES, COMMON, save_model, write_tokenizer
@@ -146,6 +147,29 @@ def test_folder_at_odds_with_its_config_is_refused(
     build(folder)
     message = str(_refused(folder))
     assert all(part in message for part in expected), (expected, message)
+
+
+def test_packed_layer_without_the_bias_its_model_has_is_refused_by_name(tmp_path: Path) -> None:
+    shape: dict[str, Any] = {**COMMON, "hidden_size": 64, "num_attention_heads": 4}
+    config = FalconConfig(**shape, alibi=True, parallel_attn=False, multi_query=False, bias=True)
+    write_gptq(config, tmp_path, bits=4, group_size=32)
+    write_tokenizer(tmp_path)
+    name = "transformer.h.1.mlp.dense_h_to_4h.bias"
+    _put_nan(name)(tmp_path)
+    assert "not finite" in str(_refused(tmp_path))
+    _tensors(lambda tensors: tensors.pop(name))(tmp_path)
+    assert name in str(_refused(tmp_path))
+
+
+@pytest.mark.parametrize("end", [999, "x", [2, 1.5]])
+def test_generation_config_that_names_no_tokens_is_refused(
+    end: object, good: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(good["dense"], tmp_path / "model")
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": end}))
+    with pytest.raises(ConfigError, match=r"generation_config.json.*eos_token_id"):
+        load(folder)
+    assert not verify(folder).ok
 
 
 def test_corpus_is_large() -> None:

@@ -7,8 +7,9 @@ the same tokens.
 Shape key: T new tokens of a step, P pages, B slots in a page, K KV heads, H head dim, V vocabulary.
 """
 
+import operator
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -21,10 +22,14 @@ from longwing.engine.sampler import SamplingState, sample
 from longwing.engine.stop import StopStrings
 from longwing.errors import ContextLengthError, RequestError, SamplingError
 from longwing.kernels import AttentionInputs, KVPages
-from longwing.models import DTYPES, Decoder, Fields, ModelConfig, load_model
+from longwing.models import DTYPES, Decoder, ModelConfig, end_ids, find_device, load_model
+from longwing.models.memory import out_of_memory
 from longwing.plan import PREFILL_CHUNK
 from longwing.rope import RopeConfig
 from longwing.tokenizer import Tokenizer
+
+DEFAULT_ANSWER = 256
+"""Tokens an answer may have when nobody says; fewer where the context has less room."""
 
 PAGE_LEN = 256
 """Slots in a page. A lone sequence owns all its pages, so the size only rounds its memory up."""
@@ -59,7 +64,7 @@ class Completion:
         prompt_len: tokens in the prompt.
         seed: the seed that sampling used; with it and the same settings the answer comes again.
         prefill_s: seconds until the first token.
-        decode_s: seconds from the first token to the last.
+        decode_s: seconds spent on the tokens after the first.
     """
 
     text: str
@@ -149,7 +154,10 @@ class Generator:
         """Answer a prompt piece by piece; as `generate`, and refuses what it refuses at once."""
         if params is not None and settings:
             raise RequestError("give either params or single settings, not both")
-        params = params or _params(settings)
+        if params is None:
+            params = _params(settings)
+        elif not isinstance(params, SamplingParams):
+            raise RequestError(f"params must be SamplingParams, not {type(params).__name__}")
         prompt_ids = self._ids(prompt)
         if not prompt_ids:
             raise RequestError("the prompt is empty; give at least one token")
@@ -165,55 +173,70 @@ class Generator:
         started = time.perf_counter()
         state = SamplingState(params, prompt_ids, eos_token_ids=self._end_ids)
         answer = _Answer(self.tokenizer, params, self._end_ids, max_new)
-        sequence = _Sequence(self.model, len(prompt_ids), max_new)
-        logits_V = sequence.prefill(prompt_ids, progress)
-        first_token_at = 0.0
-        while True:
-            token = _choose(logits_V, state)
-            first_token_at = first_token_at or time.perf_counter()
-            text = answer.push(token)
-            if answer.finish_reason is not None:
-                break
+        with out_of_memory(f"reading a prompt of {len(prompt_ids)} tokens"):
+            sequence = _Sequence(self.model, len(prompt_ids), max_new)
+            token = _choose(sequence.prefill(prompt_ids, progress), state)
+        text = answer.push(token)
+        prefill_s, decode_s = time.perf_counter() - started, 0.0
+        while answer.finish_reason is None:
             yield Chunk(text=text, token=token)
-            logits_V = sequence.step(token.id)
+            started = time.perf_counter()  # the reader's time between two tokens is not ours
+            with out_of_memory(f"generating after {sequence.len} tokens"):
+                token = _choose(sequence.step(token.id), state)
+            text = answer.push(token)
+            decode_s += time.perf_counter() - started
         completion = Completion(
             text="".join(answer.texts),
             tokens=tuple(answer.tokens),
             finish_reason=answer.finish_reason,
             prompt_len=len(prompt_ids),
             seed=state.seed,
-            prefill_s=first_token_at - started,
-            decode_s=time.perf_counter() - first_token_at,
+            prefill_s=prefill_s,
+            decode_s=decode_s,
         )
         yield Chunk(text=text, token=token, completion=completion)
 
     def logits(self, token_ids: Sequence[int]) -> Tensor:
         """(T, V) float32 logits of every position of one sequence, without a cache."""
-        self._check_ids(token_ids)
-        tokens_T = torch.tensor(list(token_ids), dtype=torch.int64, device=self.model.device)
+        ids = self._checked(token_ids)
+        if len(ids) > self.context:
+            raise ContextLengthError(len(ids), 0, self.context)
+        tokens_T = torch.tensor(ids, dtype=torch.int64, device=self.model.device)
         with torch.inference_mode():
             hidden_TD = self.model(tokens_T, torch.arange(len(tokens_T), device=tokens_T.device))
             return self.model.logits(hidden_TD)
 
     def _ids(self, prompt: str | Sequence[int]) -> list[int]:
-        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
-        self._check_ids(ids)
-        return ids
+        if isinstance(prompt, str):
+            prompt = self.tokenizer.encode(prompt)
+        if not isinstance(prompt, Iterable):
+            raise RequestError(f"a prompt is a text or token ids, not {type(prompt).__name__}")
+        return self._checked(prompt)
 
-    def _check_ids(self, token_ids: Sequence[int]) -> None:
-        """Refuse an id outside the vocabulary."""
+    def _checked(self, token_ids: Iterable[int]) -> list[int]:
+        """Token ids as a list; anything that is none is refused."""
         vocab_size = self.model.config.vocab_size
+        checked = []
         for token_id in token_ids:
-            if not 0 <= token_id < vocab_size:
-                raise RequestError(f"token id {token_id} is outside the vocabulary of {vocab_size}")
+            try:
+                index = operator.index(token_id)
+            except TypeError:
+                raise RequestError(f"{token_id!r} in the prompt is no token id") from None
+            if not 0 <= index < vocab_size:
+                raise RequestError(f"token id {index} is outside the vocabulary of {vocab_size}")
+            checked.append(index)
+        return checked
 
     def _answer_len(self, prompt_ids: Sequence[int], params: SamplingParams) -> int:
-        """Tokens the answer may have: what was asked for, else what the context leaves."""
+        """Tokens the answer may have: what was asked for, else DEFAULT_ANSWER or what is left."""
         left = self.context - len(prompt_ids)
         wanted = params.max_new_tokens
-        if left < max(wanted or 1, 1):
-            raise ContextLengthError(len(prompt_ids), wanted or 1, self.context)
-        return left if wanted is None else wanted
+        if left < max(wanted or 1, params.min_new_tokens):
+            needed = max(wanted or 1, params.min_new_tokens)
+            raise ContextLengthError(len(prompt_ids), needed, self.context)
+        if wanted is not None:
+            return wanted
+        return min(left, max(DEFAULT_ANSWER, params.min_new_tokens))
 
 
 def _params(settings: Mapping[str, object]) -> SamplingParams:
@@ -359,24 +382,19 @@ def load(
     """
     if dtype != "auto" and dtype not in DTYPES:
         raise RequestError(f'dtype "{dtype}" is not one of auto, {", ".join(DTYPES)}')
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    where = find_device(device)
     # Settings and tokenizer before gigabytes of weights: a folder at fault is refused at once.
     checkpoint = Checkpoint.open(path)
     config = ModelConfig.from_hf(checkpoint.config)
-    tokenizer = Tokenizer.from_folder(Path(path), eos_ids=_also_end(checkpoint, config))
+    tokenizer = Tokenizer.from_folder(
+        Path(path), eos_ids=end_ids(checkpoint.generation_config, config.vocab_size)
+    )
     model = load_model(
         Path(path),
-        device=device,
+        device=where,
         dtype=DTYPES.get(dtype),
         context=context,
         rope=rope,
         progress=progress,
     )
     return Generator(model, tokenizer)
-
-
-def _also_end(checkpoint: Checkpoint, config: ModelConfig) -> tuple[int, ...]:
-    """Tokens that end an answer by generation_config.json; chat models often say it only there."""
-    fields = Fields(checkpoint.generation_config, "generation_config.json")
-    return fields.ids("eos_token_id", high=config.vocab_size)

@@ -66,7 +66,10 @@ class SamplingParams:
     """
 
     max_new_tokens: int | None = _whole(
-        None, 1, MAX_TOKENS, "most tokens to generate; unset: as many as the context holds"
+        None,
+        1,
+        MAX_TOKENS,
+        "most tokens to generate; unset: 256, or what the context leaves",
     )
     min_new_tokens: int = _whole(
         0, 0, MAX_TOKENS, "no end-of-text or stop token before this many tokens"

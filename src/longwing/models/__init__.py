@@ -1,14 +1,14 @@
 """Models: a config, a module over packed tokens, and the way from a folder to one."""
 
-from longwing.models.config import ModelConfig
+from longwing.models.config import ModelConfig, end_ids
 from longwing.models.decoder import Decoder, Stage
-from longwing.models.fields import Fields
 from longwing.models.inventory import Inventory, take_inventory
 from longwing.models.loader import (
     ARCHITECTURES,
     DTYPES,
     Filler,
     empty_model,
+    find_device,
     load_model,
     with_rope,
 )
@@ -18,12 +18,13 @@ __all__ = [
     "ARCHITECTURES",
     "DTYPES",
     "Decoder",
-    "Fields",
     "Filler",
     "Inventory",
     "ModelConfig",
     "Stage",
     "empty_model",
+    "end_ids",
+    "find_device",
     "load_model",
     "not_finite",
     "take_inventory",

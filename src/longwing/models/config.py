@@ -50,7 +50,6 @@ class ModelConfig:
         num_norms: layer norms in front of a block: 1 shared, or 2 (Falcon-40B: ln_attn and ln_mlp;
             and every sequential block).
         dtype: the checkpoint's own number type as config.json names it, or "".
-        bos_id: beginning-of-sequence token, if any.
         eos_ids: tokens that end an answer.
         unknown: fields of config.json that longwing neither knows nor obeys.
     """
@@ -76,7 +75,6 @@ class ModelConfig:
     parallel_block: bool
     num_norms: int
     dtype: str = ""
-    bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
     unknown: tuple[str, ...] = ()
 
@@ -120,7 +118,8 @@ _HARMLESS = (
     *("initializer_range", "attention_dropout", "hidden_dropout", "pad_token_id", "pretraining_tp"),
     *("quantization_config", "transformers.js_config", "is_llama_config", "tokenizer_class"),
     *("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor"),
-    "original_max_position_embeddings",
+    *("original_max_position_embeddings", "bos_token_id", "max_length", "max_sequence_length"),
+    *("ff_factor", "model_max_length", "unsloth_version", "tokenizer_model_max_length"),
 )
 
 # Fields that change the arithmetic, and the value at which they do not.
@@ -137,8 +136,9 @@ _NEUTRAL: Mapping[str, object] = {
     "qk_layernorm": False,
     "use_qk_norm": False,
     "no_rope_layers": None,
-    "num_experts": None,
-    "num_local_experts": None,
+    "num_experts": 0,
+    "num_local_experts": 0,
+    "use_mrope": False,
     "is_encoder_decoder": False,
     "add_cross_attention": False,
 }
@@ -149,7 +149,6 @@ class _Common(TypedDict):
 
     vocab_size: int
     dtype: str
-    bos_id: int | None
     eos_ids: tuple[int, ...]
     unknown: tuple[str, ...]
 
@@ -177,8 +176,8 @@ def _falcon(fields: Fields, raw: Mapping[str, object], model_type: str) -> Model
     )
     bias = fields.flag("bias", default=False)
     alibi = fields.flag("alibi", default=False)
-    if alibi and raw.get("rope_scaling") is not None:
-        raise fields.error("rope_scaling", "is given, but this model uses ALiBi, not RoPE")
+    if alibi:
+        _refuse_rope(fields, raw)
     return ModelConfig(
         family="falcon",
         model_type=model_type,
@@ -211,6 +210,9 @@ def _llama(fields: Fields, raw: Mapping[str, object], model_type: str) -> ModelC
     head_dim = fields.integer("head_dim", low=1, high=1024, default=None)
     if head_dim is None:
         head_dim = _even_share(fields, hidden_size, num_heads)
+    kv_heads = num_heads
+    if not fields.has("num_key_value_heads"):
+        kv_heads = _ABSENT_KV_HEADS.get(model_type, num_heads)
     max_position = fields.count(
         "max_position_embeddings", high=MAX_POSITION, default=_DEFAULT_POSITIONS[model_type]
     )
@@ -225,7 +227,7 @@ def _llama(fields: Fields, raw: Mapping[str, object], model_type: str) -> ModelC
         hidden_size=hidden_size,
         num_layers=num_layers,
         num_heads=num_heads,
-        num_kv_heads=fields.count("num_key_value_heads", high=num_heads, default=num_heads),
+        num_kv_heads=fields.count("num_key_value_heads", high=num_heads, default=kv_heads),
         head_dim=head_dim,
         mlp_size=fields.count("intermediate_size", high=2**20),
         max_position=max_position,
@@ -243,7 +245,10 @@ def _llama(fields: Fields, raw: Mapping[str, object], model_type: str) -> ModelC
     )
 
 
+# What transformers takes where a file does not state a field; null means something else.
 _DEFAULT_POSITIONS = {"llama": 2048, "mistral": 131072, "qwen2": 32768}
+_ABSENT_KV_HEADS = {"mistral": 8, "qwen2": 32}
+_ABSENT_WINDOW = {"mistral": 4096, "qwen2": 4096}
 
 
 def _common(fields: Fields, *, default_end: int | None) -> _Common:
@@ -251,7 +256,6 @@ def _common(fields: Fields, *, default_end: int | None) -> _Common:
     vocab_size = fields.count("vocab_size", high=2**22)
     for name, neutral in _NEUTRAL.items():
         fields.must_be(name, neutral, "longwing does not build that arithmetic")
-    begin = fields.ids("bos_token_id", high=vocab_size)
     end = fields.ids("eos_token_id", high=vocab_size)
     if not end and default_end is not None and default_end < vocab_size:
         end = (default_end,)
@@ -260,10 +264,18 @@ def _common(fields: Fields, *, default_end: int | None) -> _Common:
     return _Common(
         vocab_size=vocab_size,
         dtype="" if dtype == "auto" else dtype,
-        bos_id=begin[0] if begin else None,
         eos_ids=end,
         unknown=fields.left_over(),
     )
+
+
+def _refuse_rope(fields: Fields, raw: Mapping[str, object]) -> None:
+    """ALiBi models have no rotary settings; transformers writes the neutral ones all the same."""
+    for name in ("rope_scaling", "rope_parameters"):
+        value = raw.get(name)
+        neutral = isinstance(value, Mapping) and value.get("rope_type", "default") == "default"
+        if value is not None and not neutral:
+            raise fields.error(name, "is given, but this model uses ALiBi, not RoPE")
 
 
 def _rope(
@@ -283,7 +295,9 @@ _DTYPES = ("auto", "float32", "float16", "bfloat16", "float64")
 
 def _windows(fields: Fields, model_type: str, num_layers: int) -> tuple[int | None, ...]:
     """Per layer, the sliding window or None, as each family's config spells it."""
-    size = fields.integer("sliding_window", low=1, high=MAX_POSITION, default=None)
+    size = fields.integer("sliding_window", low=0, high=MAX_POSITION, default=None) or None
+    if not fields.has("sliding_window"):
+        size = _ABSENT_WINDOW.get(model_type)
     in_use = fields.flag("use_sliding_window", default=model_type == "mistral")
     first = fields.integer("max_window_layers", low=0, high=2**20, default=None)
     kinds = fields.words(
@@ -307,6 +321,16 @@ def _even_share(fields: Fields, hidden_size: int, num_heads: int) -> int:
             "hidden_size", f"is {hidden_size}, not a multiple of the {num_heads} attention heads"
         )
     return hidden_size // num_heads
+
+
+def end_ids(generation_config: Mapping[str, object], vocab_size: int) -> tuple[int, ...]:
+    """Tokens that end an answer by generation_config.json; chat models often say it only there.
+
+    Raises:
+        ConfigError: what stands there are no token ids.
+    """
+    fields = Fields(generation_config, "generation_config.json")
+    return fields.ids("eos_token_id", high=vocab_size)
 
 
 FAMILIES: Mapping[str, Callable[[Fields, Mapping[str, object], str], ModelConfig]] = {

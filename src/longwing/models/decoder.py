@@ -12,9 +12,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from longwing.errors import RequestError
 from longwing.kernels import AttentionInputs
 from longwing.layers import Embedding, Linear, Rotation
-from longwing.models.config import ModelConfig
+from longwing.models.config import MAX_POSITION, ModelConfig
 from longwing.rope import RotaryTables
 
 Stage = tuple[tuple[str, ...], ...]
@@ -46,6 +47,10 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig, context: int) -> None:
         super().__init__()
         self.config = config
+        if type(context) is not int or not 1 <= context <= MAX_POSITION:
+            raise RequestError(
+                f"context is {context!r}; a number of tokens from 1 to {MAX_POSITION:,} is needed"
+            )
         self.context = context
         self.rotary = RotaryTables(config.rope, context) if config.rope else None
 

@@ -83,15 +83,17 @@ class Fields:
         return value
 
     def ids(self, *names: str, high: int) -> tuple[int, ...]:
-        """A token id or a list of them (at most 64), each in [0, high)."""
+        """A token id or a list of them (at most 64), each below `high`; negative ones mean none."""
         name, value = self._find(names)
         values = value if isinstance(value, list) else [] if value is None else [value]
         if len(values) > 64:
             raise self.error(name, f"lists {len(values)} ids; at most 64 are accepted")
+        ids = []
         for item in values:
-            if not isinstance(item, int) or isinstance(item, bool) or not 0 <= item < high:
+            if not isinstance(item, int) or isinstance(item, bool) or item >= high:
                 raise self.error(name, f"holds {_show(item)}, not a token id below {high}")
-        return tuple(values)
+            ids.append(item)
+        return tuple(item for item in ids if item >= 0)
 
     def words(self, name: str, *, choices: Collection[str], length: int) -> tuple[str, ...] | None:
         """A list of exactly `length` words out of `choices`, or None."""
@@ -109,8 +111,13 @@ class Fields:
     def must_be(self, name: str, neutral: object, why: str) -> None:
         """Refuse a field that would change the arithmetic, unless it says nothing new."""
         _, value = self._find((name,))
-        if value is not None and (value != neutral or type(value) is not type(neutral)):
+        same_kind = isinstance(value, bool) is isinstance(neutral, bool)
+        if value is not None and not (same_kind and value == neutral):
             raise self.error(name, f"is {_show(value)}, and {why}")
+
+    def has(self, name: str) -> bool:
+        """Whether the file states a field at all, be it as null."""
+        return name in self._raw
 
     def skip(self, names: Collection[str]) -> None:
         """Count fields as known without reading them."""

@@ -14,12 +14,8 @@ from longwing.models.decoder import Decoder
 
 HEAD = "lm_head.weight"
 
-# Tensors that older savers wrote and nobody needs: tables that are recomputed, masks, and the
-# settings that text-generation-inference kept as scalars inside the file.
-_IGNORABLE = re.compile(
-    r"(.*\.)?(rotary_emb\.inv_freq|rotary\.inv_freq|attn\.masked_bias|attn\.bias"
-    r"|gptq_bits|gptq_groupsize)"
-)
+# Tables that older savers wrote along and that are computed here.
+_IGNORABLE = re.compile(r"(.*\.)?(rotary_emb|rotary|maybe_rotary)\.inv_freq")
 _LISTED = 10
 
 
@@ -46,19 +42,18 @@ def take_inventory(model: Decoder, checkpoint: Checkpoint) -> Inventory:
     problems: list[CheckpointError] = []
     linears = dict(model.linears())
     packed = [name for name in linears if _packed_parts(name, names)]
-    wanted = _dense_names(model, packed)
+    wanted = _dense_names(model, packed, names)
     tied = _tie(model, names, wanted)
     used: set[str] = set()
     for name in packed:
         linear = linears[name]
-        used |= set(packed_names(name).values())
+        used |= set(packed_names(name).values()) - {f"{name}.bias"}
         problems += _packed_problems(name, linear.in_features, linear.out_features, checkpoint)
     missing = []
     for own, theirs in wanted.items():
         used.add(theirs)
         if theirs in names:
-            shape = tuple(model.get_parameter(own).shape)
-            problems += _dense_problems(theirs, shape, checkpoint)
+            problems += _dense_problems(theirs, _shape(model, own), checkpoint)
         else:
             missing.append(theirs)
     if checkpoint.quant is not None and not packed:
@@ -77,10 +72,24 @@ def take_inventory(model: Decoder, checkpoint: Checkpoint) -> Inventory:
     return Inventory(dense=wanted, packed=packed, tied=tied, problems=problems)
 
 
-def _dense_names(model: Decoder, packed: Sequence[str]) -> dict[str, str]:
-    """Model tensor -> checkpoint tensor for all that is not part of a packed linear."""
-    covered = tuple(f"{name}." for name in packed)
-    return {name: name for name, _ in model.named_parameters() if not (name.startswith(covered))}
+def _dense_names(model: Decoder, packed: Sequence[str], names: set[str]) -> dict[str, str]:
+    """Model tensor -> checkpoint tensor for all that is not packed.
+
+    Early GPTQ savers gave every packed layer a bias, whether the model had one or not; such a bias
+    is wanted too.
+    """
+    weights = {f"{name}.weight" for name in packed}
+    wanted = {name: name for name, _ in model.named_parameters() if name not in weights}
+    extra = [f"{name}.bias" for name in packed if f"{name}.bias" in names]
+    return wanted | {name: name for name in extra}
+
+
+def _shape(model: Decoder, name: str) -> tuple[int, ...]:
+    """The shape the model implies for a dense tensor, a packed layer's extra bias included."""
+    owner, _, leaf = name.rpartition(".")
+    module = model.get_submodule(owner)
+    parameter = getattr(module, leaf)
+    return (module.out_features,) if parameter is None else tuple(parameter.shape)  # type: ignore[return-value]
 
 
 def _tie(model: Decoder, names: set[str], wanted: dict[str, str]) -> bool:

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from longwing.checkpoint import Checkpoint, QuantConfig, read_packed
-from longwing.errors import CheckpointError, ConfigError
+from longwing.errors import ConfigError, RequestError
 from longwing.layers import Linear
 from longwing.models.config import ModelConfig
 from longwing.models.decoder import Decoder
 from longwing.models.falcon import Falcon
 from longwing.models.inventory import Inventory, take_inventory
 from longwing.models.llama import Llama
+from longwing.models.memory import out_of_memory
 from longwing.models.values import not_finite
 from longwing.rope import RopeConfig
 
@@ -57,6 +58,7 @@ def load_model(
     Raises:
         CheckpointError: the folder, a file or a tensor is unusable; says which and why.
     """
+    device = find_device(device)
     checkpoint = Checkpoint.open(path)
     config = ModelConfig.from_hf(checkpoint.config)
     if rope is not None:
@@ -65,7 +67,6 @@ def load_model(
     inventory = take_inventory(model, checkpoint)
     if inventory.problems:
         raise inventory.problems[0]
-    device = torch.device(device)
     on_cpu = device.type == "cpu"
     if dtype is None:
         dtype = torch.float32 if on_cpu else DTYPES.get(config.dtype, torch.bfloat16)
@@ -77,7 +78,8 @@ def load_model(
         unpack=on_cpu if unpack is None else unpack,
         progress=progress,
     )
-    filler.fill(inventory)
+    with out_of_memory(f"loading {path.name} onto {device}"):
+        filler.fill(inventory)
     if progress is not None:
         progress(filler.total, filler.total)
     model.place_tables(device)
@@ -87,7 +89,22 @@ def load_model(
 def empty_model(config: ModelConfig, context: int | None = None) -> Decoder:
     """The model without storage: its modules, names and shapes, on the meta device."""
     with torch.device("meta"):
-        return ARCHITECTURES[config.family](config, context or config.context)
+        return ARCHITECTURES[config.family](config, config.context if context is None else context)
+
+
+def find_device(name: str | torch.device = "auto") -> torch.device:
+    """The device a name means; "auto" is a GPU if there is one.
+
+    Raises:
+        RequestError: this machine has no such device; says which there are.
+    """
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    have = ["cpu", *(f"cuda:{i}" for i in range(count))]
+    if str(name) == "auto":
+        return torch.device("cuda" if count else "cpu")
+    if str(name) not in (*have, *(["cuda"] if count else [])):
+        raise RequestError(f'device "{name}" is not here; there are auto, {", ".join(have)}')
+    return torch.device(name)
 
 
 def with_rope(config: ModelConfig, rope: RopeConfig) -> ModelConfig:
@@ -158,7 +175,7 @@ class Filler:
         return cast.to(self.device)
 
     def _packed(self, name: str, linear: Linear, quant: QuantConfig) -> None:
-        """One packed linear, kept packed or made dense, and its bias wherever it came from."""
+        """One packed linear, kept packed or made dense; its bias is dense and comes by itself."""
         packed = read_packed(self.checkpoint, name, linear.in_features, linear.out_features, quant)
         self._advance(packed.nbytes)
         placed = packed.to(self.device)
@@ -166,16 +183,6 @@ class Filler:
             linear.set_dense(placed, self.dtype)
         else:
             linear.set_packed(placed)
-        bias = f"{name}.bias"
-        # Early GPTQ savers added a bias to every packed layer, whether the model had one or not.
-        if bias in self.checkpoint.tensors:
-            linear.bias = nn.Parameter(self._dense(bias), requires_grad=False)
-        elif linear.bias is not None:
-            raise CheckpointError(
-                "is missing, but config.json gives this layer a bias",
-                file=self.checkpoint.path.name,
-                tensor=bias,
-            )
 
     def _tie(self) -> None:
         """Let head and embedding be one tensor, unless the folder holds two that differ."""
