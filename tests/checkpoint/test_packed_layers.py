@@ -192,6 +192,17 @@ def test_the_smallest_scale_above_zero_is_accepted(tmp_path):
     read_layer(write_layer(tmp_path, layer, bits=4, group_size=32), 64, 32)
 
 
+@pytest.mark.parametrize("zero", [0.0, -0.0])
+def test_a_scale_of_zero_loads_as_weights_of_zero(tmp_path, zero):
+    """What other tools write for a column so small that its scale underflows in float16."""
+    layer = good_folders.packed_layer(64, 32, 4, 32, seed=0)
+    layer["scales"][1, 5] = zero
+    weight = read_layer(write_layer(tmp_path, layer, bits=4, group_size=32), 64, 32)
+    dense_KN = dequantize(weight, torch.float32)
+    assert not dense_KN[32:, 5].any()
+    assert dense_KN[:32, 5].any()
+
+
 @pytest.mark.parametrize(("bits", "group_size"), [(8, 32), (2, 16), (3, 64), (4, -1), (4, 32)])
 def test_dynamic_rules_let_each_layer_show_its_own_width(tmp_path, bits, group_size):
     layer = good_folders.packed_layer(64, 32, bits, group_size, seed=0)

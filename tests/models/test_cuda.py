@@ -10,6 +10,7 @@ from transformers import FalconConfig
 
 from gptq_writer import write_gptq
 from longwing.engine.generator import load
+from longwing.errors import CapacityError
 from tiny import ARCHITECTURES, COMMON, write_tokenizer
 
 pytestmark = [
@@ -48,3 +49,11 @@ def test_packed_weights_on_a_gpu_give_the_cpu_s_logits(
     assert next(linear for _, linear in gpu.model.linears()).packed is not None
     error = (gpu.logits(tokens).cpu() - expected_TV).abs().max() / expected_TV.abs().max()
     assert error < (0.05 if dtype == "bfloat16" else 0.01)
+
+
+def test_model_that_a_gpu_cannot_hold_is_refused_before_it_is_read(
+    tiny_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (1000, 2000))
+    with pytest.raises(CapacityError, match="more than the"):
+        load(tiny_folder("llama2"), device="cuda")

@@ -4,8 +4,8 @@ import pytest
 import torch
 from tiny_models import CONFIGS, config
 
-from longwing.checkpoint import packed_tensors
-from longwing.errors import ConfigError
+from longwing.checkpoint import QuantConfig, packed_tensors
+from longwing.errors import ConfigError, RequestError
 from longwing.kernels import BITS, PackedWeight
 from longwing.models import DTYPES, ModelConfig, empty_model
 from longwing.plan import known_config, plan
@@ -14,7 +14,7 @@ from longwing.plan.weights import block_linears, num_parameters
 
 def stored_packed(in_features: int, out_features: int, bits: int, group_size: int) -> dict:
     """The tensors of one packed layer, as a checkpoint holds them."""
-    groups = 1 if group_size == -1 else in_features // group_size
+    groups = 1 if group_size == -1 else -(-in_features // group_size)
     weight = PackedWeight(
         bits=bits,
         group_size=group_size,
@@ -37,7 +37,7 @@ def test_dense_weights_are_the_bytes_of_the_models_tensors(kind, dtype):
 
 @pytest.mark.parametrize("kind", CONFIGS)
 @pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("group_size", [-1, 32, 64])
+@pytest.mark.parametrize("group_size", [-1, 32, 64, 48, 1024])
 def test_packed_weights_are_the_bytes_of_the_stored_tensors(kind, bits, group_size):
     model = empty_model(config(kind)).to(torch.bfloat16)
     dense = {name: tensor.nbytes for name, tensor in model.named_parameters()}
@@ -49,7 +49,8 @@ def test_packed_weights_are_the_bytes_of_the_stored_tensors(kind, bits, group_si
         tensors = stored_packed(linear.in_features, linear.out_features, bits, group_size)
         for suffix, tensor in tensors.items():
             by_suffix[suffix] += tensor.nbytes
-    weights = plan(config(kind), context=1, bits=bits, group_size=group_size).weights
+    quant = QuantConfig(bits=bits, group_size=group_size)
+    weights = plan(config(kind), context=1, quant=quant).weights
     assert weights.qweight == by_suffix["qweight"]
     assert weights.zeros == by_suffix["qzeros"]
     assert weights.scales == by_suffix["scales"]
@@ -86,6 +87,40 @@ def test_the_group_sizes_that_the_refusal_names_are_accepted(group_size):
     plan(known_config("falcon-7b"), context=2048, bits=4, group_size=group_size)
 
 
+def test_a_folder_with_ragged_groups_is_planned_though_none_would_be_made():
+    """SmolLM2-135M, hidden size 576: 4.5 groups of 128, so 5 in a folder made elsewhere."""
+    smol = ModelConfig.from_hf(
+        {
+            "model_type": "llama",
+            "vocab_size": 49_152,
+            "hidden_size": 576,
+            "intermediate_size": 1536,
+            "num_hidden_layers": 30,
+            "num_attention_heads": 9,
+            "num_key_value_heads": 3,
+            "tie_word_embeddings": True,
+        }
+    )
+    planned = plan(smol, context=1, quant=QuantConfig(bits=4, group_size=128))
+    # Outputs of q, k, v, o, gate and up, which have 576 inputs; and of down, which has 1,536.
+    columns = 5 * (576 + 192 + 192 + 576 + 1536 + 1536) + 12 * 576
+    assert planned.weights.scales == 30 * columns * 2
+    assert planned.weights.zeros == 30 * columns // 2
+    assert (planned.bits, planned.group_size) == (4, 128)
+    with pytest.raises(ConfigError, match="group size 128 does not divide the 576 input features"):
+        plan(smol, context=1, bits=4, group_size=128)
+
+
+def test_groups_that_divide_plan_the_same_for_a_folder_and_for_one_to_come():
+    folder = plan(config("llama"), context=64, quant=QuantConfig(bits=3, group_size=64))
+    assert folder == plan(config("llama"), context=64, bits=3, group_size=64)
+
+
+def test_a_folders_settings_and_asked_for_bits_exclude_each_other():
+    with pytest.raises(RequestError, match="not both"):
+        plan(config("llama"), context=1, quant=QuantConfig(bits=4, group_size=64), bits=4)
+
+
 @pytest.mark.parametrize(("bits", "group_size"), [(5, 128), (16, 128), (4, 0), (4, -2)])
 def test_settings_that_gptq_does_not_know_are_refused(bits, group_size):
     with pytest.raises(ConfigError):
@@ -94,8 +129,11 @@ def test_settings_that_gptq_does_not_know_are_refused(bits, group_size):
 
 def test_a_width_that_leaves_words_half_filled_is_refused():
     odd = ModelConfig.from_hf({**CONFIGS["llama"], "intermediate_size": 720})
-    with pytest.raises(ConfigError, match=r"gate_proj has 720 output features; at 3 bits"):
+    half_filled = r"gate_proj has 720 output features; at 3 bits"
+    with pytest.raises(ConfigError, match=half_filled):
         plan(odd, context=1, bits=3, group_size=-1)
+    with pytest.raises(ConfigError, match=half_filled):
+        plan(odd, context=1, quant=QuantConfig(bits=3, group_size=-1))
 
 
 # K * N * bits / 8 + groups * N * (2 + bits / 8) over all layers, in GB, worked out by hand.

@@ -119,7 +119,7 @@ def read_packed(
 
     Raises:
         CheckpointError: the first fault of `check_packed`; a `g_idx` outside [0, G), or not
-            k // group_size although `desc_act` is false; a scale that is not finite and positive.
+            k // group_size although `desc_act` is false; a scale that is negative or not finite.
     """
     names = {
         suffix: full for suffix, full in packed_names(name).items() if full in checkpoint.tensors
@@ -229,13 +229,17 @@ def _true_zeros(stored_GN: Tensor, bits: int, checkpoint_format: str) -> Tensor:
 
 
 def _check_scales(scales_GN: Tensor, file: str, tensor: str) -> None:
-    """Every scale is finite and above 0: AutoGPTQ gives even a row of zeros a positive one."""
-    bad_GN = ~(torch.isfinite(scales_GN) & (scales_GN > 0))
+    """Refuse a scale that is negative or not finite.
+
+    Zero is right where a writer's scale of a column of almost nothing underflowed in float16: its
+    weights are then 0.
+    """
+    bad_GN = ~(torch.isfinite(scales_GN) & (scales_GN >= 0))
     num_bad = int(bad_GN.sum())
     if num_bad:
         group, column = (int(index) for index in bad_GN.nonzero()[0])
         raise CheckpointError(
-            f"{num_bad} of {bad_GN.numel()} scales are not finite and above 0; the first is "
+            f"{num_bad} of {bad_GN.numel()} scales are negative or not finite; the first is "
             f"{scales_GN[group, column].item()} at group {group}, output {column}",
             file=file,
             tensor=tensor,

@@ -24,7 +24,7 @@ from longwing.errors import ContextLengthError, RequestError, SamplingError
 from longwing.kernels import AttentionInputs, KVPages
 from longwing.models import DTYPES, Decoder, ModelConfig, end_ids, find_device, load_model
 from longwing.models.memory import out_of_memory
-from longwing.plan import PREFILL_CHUNK
+from longwing.plan import PREFILL_CHUNK, RUNTIME_BYTES, plan, require_fit
 from longwing.rope import RopeConfig
 from longwing.tokenizer import Tokenizer
 
@@ -389,6 +389,8 @@ def load(
     tokenizer = Tokenizer.from_folder(
         Path(path), eos_ids=end_ids(checkpoint.generation_config, config.vocab_size)
     )
+    if where.type == "cuda":
+        _require_room(Path(path), checkpoint, config, where, dtype, context)
     model = load_model(
         Path(path),
         device=where,
@@ -398,3 +400,35 @@ def load(
         progress=progress,
     )
     return Generator(model, tokenizer)
+
+
+def _require_room(
+    path: Path,
+    checkpoint: Checkpoint,
+    config: ModelConfig,
+    device: torch.device,
+    dtype: str,
+    context: int | None,
+) -> None:
+    """Refuse a model that a GPU cannot hold before reading gigabytes of it.
+
+    Without a context that was asked for only the weights are counted: pages are allocated for each
+    sequence, so a model's long claim alone is no reason to refuse it.
+
+    Raises:
+        CapacityError: it does not fit; says by how much, and what would.
+    """
+    quant = checkpoint.quant
+    if quant is not None and (quant.overrides or quant.lm_head):
+        return  # not planned; running out is told when it happens
+    free, _ = torch.cuda.mem_get_info(device)
+    word = config.dtype if dtype == "auto" else dtype
+    planned = plan(
+        config,
+        quant=quant,
+        context=context or 1,
+        dtype=word if word in DTYPES else "bfloat16",
+        memory=free + RUNTIME_BYTES,  # the free bytes are those beside a running process
+        name=path.name,
+    )
+    require_fit(planned)

@@ -19,13 +19,14 @@ from longwing.plan.sizes import format_size, parse_context, parse_size
 from longwing.plan.speed import BANDWIDTH, bytes_per_step, decode_bound
 from longwing.plan.table import explain
 from longwing.plan.weights import WeightBytes, check_group_size
-from longwing.plan.workspace import Workspace
+from longwing.plan.workspace import RUNTIME_BYTES, Workspace
 
 __all__ = [
     "BANDWIDTH",
     "KNOWN",
     "KV_FORMATS",
     "PREFILL_CHUNK",
+    "RUNTIME_BYTES",
     "Plan",
     "WeightBytes",
     "Workspace",

@@ -15,7 +15,13 @@ from longwing.checkpoint import QuantConfig
 from longwing.errors import CapacityError, RequestError
 from longwing.models import DTYPES, ModelConfig, empty_model
 from longwing.plan.sizes import format_size
-from longwing.plan.weights import WeightBytes, block_linears, num_parameters, weight_bytes
+from longwing.plan.weights import (
+    WeightBytes,
+    block_linears,
+    check_group_size,
+    num_parameters,
+    weight_bytes,
+)
 from longwing.plan.workspace import (
     Workspace,
     activation_bytes,
@@ -64,6 +70,8 @@ class Plan:
         batch: sequences held at once, each of `context` tokens.
         weights: bytes by kind.
         kv_bytes_per_token: cache bytes that one token of one sequence adds.
+        kv_bytes_read_per_step: cache bytes that a decode step reads, of all sequences at the full
+            context; less than `kv_bytes` where a sliding window is shorter than the context.
         workspace: bytes by kind.
         memory: bytes there are; None when it was not said.
         longest_context: the largest context at which this batch fits, 0 if none does; None without
@@ -84,6 +92,7 @@ class Plan:
     batch: int
     weights: WeightBytes
     kv_bytes_per_token: int
+    kv_bytes_read_per_step: int
     workspace: Workspace
     memory: int | None
     longest_context: int | None
@@ -132,6 +141,7 @@ class Plan:
             "weight_bytes": weights.total,
             "kv_bytes_per_token": self.kv_bytes_per_token,
             "kv_bytes": self.kv_bytes,
+            "kv_bytes_read_per_step": self.kv_bytes_read_per_step,
             **{f"workspace_{part}_bytes": size for part, size in asdict(workspace).items()},
             "workspace_bytes": workspace.total,
             "peak_bytes": self.peak_bytes,
@@ -148,6 +158,7 @@ def plan(
     *,
     context: int,
     batch: int = 1,
+    quant: QuantConfig | None = None,
     bits: int | None = None,
     group_size: int = 128,
     dtype: str = "bfloat16",
@@ -163,7 +174,9 @@ def plan(
         config: the model.
         context: tokens of one sequence, prompt and answer.
         batch: sequences held at once.
-        bits: 2, 3, 4 or 8 for GPTQ-packed blocks; None for a dense model.
+        quant: how the blocks of an existing folder are packed, whose last group may be ragged; None
+            for a dense model, or with `bits`. `dynamic` rules and a packed head are not counted.
+        bits: 2, 3, 4 or 8 for a quantisation to come, every group of which must be whole.
         group_size: weights that share a scale; -1 for a whole column. Of no meaning without `bits`.
         dtype: of dense weights and activations: bfloat16, float16 or float32.
         head_dtype: of the output head; None is `dtype`. Another makes a tied head a copy.
@@ -174,7 +187,7 @@ def plan(
 
     Raises:
         ConfigError: bits or group size do not fit the model; says which layer and what does fit.
-        RequestError: another argument is out of its range.
+        RequestError: another argument is out of its range; or both `quant` and `bits` are given.
     """
     _check_count("context", context)
     _check_count("batch", batch)
@@ -186,8 +199,12 @@ def plan(
     _check_word("head dtype", head_dtype, DTYPES)
     _check_word("KV dtype", kv_dtype, KV_FORMATS)
     value_bytes, head_bytes = DTYPES[dtype].itemsize, DTYPES[head_dtype].itemsize
-    quant = None if bits is None else QuantConfig(bits=bits, group_size=group_size)
     model = empty_model(config)
+    if bits is not None:
+        if quant is not None:
+            raise RequestError("give either the settings of a quantised folder or bits, not both")
+        quant = QuantConfig(bits=bits, group_size=group_size)
+        check_group_size(model, quant)
     weights = weight_bytes(model, quant, value_bytes, head_bytes)
     kv_per_token = kv_bytes_per_token(config, kv_dtype)
 
@@ -212,8 +229,8 @@ def plan(
         model=name or config.model_type,
         parameters=num_parameters(model),
         quantised_parameters=0 if quant is None else packed,
-        bits=bits,
-        group_size=None if quant is None else group_size,
+        bits=None if quant is None else quant.bits,
+        group_size=None if quant is None else quant.group_size,
         dtype=dtype,
         head_dtype=head_dtype,
         kv_dtype=kv_dtype,
@@ -222,6 +239,7 @@ def plan(
         batch=batch,
         weights=weights,
         kv_bytes_per_token=kv_per_token,
+        kv_bytes_read_per_step=batch * _kv_bytes_read(config, kv_per_token, context),
         workspace=workspace(context),
         memory=memory,
         longest_context=longest,
@@ -254,6 +272,12 @@ def kv_bytes_per_token(config: ModelConfig, kv_dtype: str) -> int:
     kept = KV_FORMATS[kv_dtype]
     vector = -(-config.head_dim * kept.bits // 8) + kept.vector_bytes
     return 2 * config.num_layers * config.num_kv_heads * vector
+
+
+def _kv_bytes_read(config: ModelConfig, kv_per_token: int, context: int) -> int:
+    """Cache bytes that one sequence's next token attends to: in each layer, at most its window."""
+    seen = (context if window is None else min(window, context) for window in config.windows)
+    return kv_per_token // config.num_layers * sum(seen)
 
 
 def beyond_claim(context: int, claimed: int) -> str:

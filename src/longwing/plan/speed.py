@@ -1,8 +1,8 @@
 """Bounds on decoding speed, from bytes alone.
 
-The one idea: a decode step costs one pass over the weights and one over the cache, so memory
-bandwidth bounds it, whatever the kernels. (At large batches arithmetic may bound it lower still.)
-How close an engine comes is for a benchmark.
+The one idea: a decode step costs one pass over the weights and one over the cache in sight, so
+memory bandwidth bounds it, whatever the kernels. (At large batches arithmetic may bound it lower
+still.) How close an engine comes is for a benchmark.
 """
 
 from collections.abc import Mapping
@@ -14,11 +14,14 @@ from longwing.plan.memory import Plan
 def bytes_per_step(plan: Plan) -> int:
     """Bytes one decode step must read when every sequence is at the full context.
 
-    All weights once, whatever the batch (of an embedding that is not the head as well, only a row a
-    sequence, left out), and each sequence's keys and values.
+    All weights once, whatever the batch, and the keys and values that each sequence attends to: no
+    more than its window in a layer that has one. Left out is what an engine can do without: group
+    indices (rows can be kept in the order of their groups), and of an embedding that is not the
+    head as well, all but a row a sequence.
     """
-    rows_only = plan.weights.embedding if plan.weights.head else 0
-    return plan.weights.total - rows_only + plan.kv_bytes
+    weights = plan.weights
+    rows_only = weights.embedding if weights.head else 0
+    return weights.total - weights.g_idx - rows_only + plan.kv_bytes_read_per_step
 
 
 def decode_bound(plan: Plan, bandwidth: float) -> float:
