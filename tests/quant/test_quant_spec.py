@@ -31,8 +31,8 @@ def test_bad_value_is_refused_by_name(name: str, value: Any) -> None:
 
 
 def test_correction_without_a_drift_to_correct_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"correction is 0.5; gptq corrects no drift"):
-        QuantSpec(correction=0.5)
+    with pytest.raises(ConfigError, match=r"correction is 1; gptq corrects no drift"):
+        QuantSpec(correction=1)
 
 
 def test_every_setting_explains_itself() -> None:
@@ -58,7 +58,7 @@ def test_layers_are_checked_before_any_work() -> None:
 
 
 def test_published_gptq_keeps_bits_groups_and_order() -> None:
-    spec = QuantSpec(bits=3, group_size=64, method="qronos", correction=0.5, act_order=False)
+    spec = QuantSpec(bits=3, group_size=64, method="qronos", correction=1, act_order=False)
     plain = spec.as_published()
     assert (plain.bits, plain.group_size, plain.act_order) == (3, 64, False)
     assert (plain.method, plain.grid, plain.refits, plain.sweeps) == ("gptq", "minmax", 0, 0)

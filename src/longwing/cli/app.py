@@ -1,9 +1,10 @@
 """The `longwing` command: its verbs, and what an exit code means.
 
-0: done. 1: it could not be done, and the last line on stderr says why. 2: the command line was
-wrong. 130: Ctrl-C.
+0: done. 1: it could not be done, and the last line on stderr says why; only when the reader of
+stdout has left (`| head`) is there nothing to say. 2: the command line was wrong. 130: Ctrl-C.
 """
 
+import io
 import logging
 import sys
 from importlib.metadata import version
@@ -63,6 +64,9 @@ for verb in (generate, chat, inspect, plan, quantize, verify, convert, pull):
 
 def main() -> None:
     """Run the command line and exit."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A model may say anything; what the terminal cannot show must not end the answer.
+        sys.stdout.reconfigure(errors="replace")
     try:
         app()
     except LongwingError as error:

@@ -2,19 +2,19 @@
 
 import contextlib
 import sys
-from dataclasses import replace
 from typing import Annotated
 
 import typer
 
 from longwing.cli.console import note, stderr, warn
-from longwing.cli.generate import DEFAULT_ANSWER, TemplateOption, stream_answer
+from longwing.cli.generate import CHAT_TEMPLATES, stream_answer, warn_of_idle
 from longwing.cli.loading import load_generator
-from longwing.cli.options import LoadOptions, ModelArgument, filled_by
+from longwing.cli.options import LoadOptions, ModelArgument, filled_by, find_model
 from longwing.demo import DEMO_NAME
 from longwing.engine.generator import Generator
 from longwing.engine.request import SamplingParams
-from longwing.errors import ContextLengthError
+from longwing.errors import LongwingError
+from longwing.tokenizer import Tokenizer
 
 with contextlib.suppress(ImportError):  # not on every platform
     import readline  # noqa: F401 - line editing and history for input()
@@ -30,7 +30,13 @@ def chat(
     system: Annotated[
         str | None, typer.Option("--system", help="A system message put first.")
     ] = None,
-    template: TemplateOption = "auto",
+    template: Annotated[
+        str,
+        typer.Option(
+            "--template",
+            help=f"auto: the model's own chat template; or {CHAT_TEMPLATES}.",
+        ),
+    ] = "auto",
     load: LoadOptions,
     params: SamplingParams,
 ) -> None:
@@ -40,10 +46,15 @@ def chat(
       longwing chat
       longwing chat models/falcon --template falconlite2 --temperature 0.7
     """
-    generator = load_generator(model, load)
-    for name in params.without_effect:
-        warn(f"--{name.replace('_', '-')} has no effect at temperature 0; set --temperature")
-    talk = Conversation(generator, system, None if template == "auto" else template, params)
+    folder = find_model(model)
+    opening = [{"role": "system", "content": system}] if system else []
+    chosen = None if template == "auto" else template
+    # Before the weights: the template may be unknown here, or take no such conversation.
+    two_turns = [*opening, _by("user", "Hi"), _by("assistant", "Hello"), _by("user", "Hi")]
+    Tokenizer.from_folder(folder).chat(two_turns, template=chosen)
+    warn_of_idle(params)
+    generator = load_generator(folder, load)
+    talk = Conversation(generator, opening, chosen, params)
     note(f"{model}, context {generator.context} tokens. {HELP}")
     while (line := _read_line()) is not None:
         if line == "/quit":
@@ -61,28 +72,32 @@ class Conversation:
     """The messages so far, and the model that answers them."""
 
     def __init__(
-        self, generator: Generator, system: str | None, template: str | None, params: SamplingParams
+        self,
+        generator: Generator,
+        opening: list[dict[str, str]],
+        template: str | None,
+        params: SamplingParams,
     ) -> None:
         self._generator = generator
         self._template = template
         self._params = params
-        self._opening = [{"role": "system", "content": system}] if system else []
-        self.messages = list(self._opening)
+        self._opening = opening
+        self.messages = list(opening)
 
     def say(self, text: str) -> None:
         """Add a message, stream the answer and remember both; on an error neither is remembered."""
-        messages = [*self.messages, {"role": "user", "content": text}]
+        messages = [*self.messages, _by("user", text)]
         prompt_ids = self._generator.tokenizer.chat(messages, template=self._template)
-        params = self._params
-        if params.max_new_tokens is None:
-            room = max(1, self._generator.context - len(prompt_ids))
-            params = replace(params, max_new_tokens=min(DEFAULT_ANSWER, room))
-        answer = stream_answer(self._generator, prompt_ids, params)
-        self.messages = [*messages, {"role": "assistant", "content": answer}]
+        answer = stream_answer(self._generator, prompt_ids, self._params)
+        self.messages = [*messages, _by("assistant", answer)]
 
     def reset(self) -> None:
-        """Back to the system message alone."""
+        """Back to the opening: the system message, if there is one."""
         self.messages = list(self._opening)
+
+
+def _by(role: str, text: str) -> dict[str, str]:
+    return {"role": role, "content": text}
 
 
 def _answer(talk: Conversation, line: str) -> None:
@@ -90,17 +105,28 @@ def _answer(talk: Conversation, line: str) -> None:
     try:
         talk.say(line)
     except KeyboardInterrupt:
-        note("\nstopped; this turn is not remembered")
-    except ContextLengthError as error:
-        warn(f"{error}; /reset starts over")
+        note("stopped; this turn is not remembered")
+    except LongwingError as error:
+        warn(f"{error}; this turn is not remembered, and /reset forgets the others")
 
 
 def _read_line() -> str | None:
     """The next line, or None at the end of input. Ctrl-C at the prompt clears the line."""
+    typed = sys.stdin.isatty()
     while True:
         try:
-            return input(">>> " if sys.stdin.isatty() else "").strip()
+            return input(">>> ").strip() if typed else _piped_line()
         except EOFError:
             return None
+        except UnicodeDecodeError as fault:
+            warn(f"this line is not UTF-8 text and is left out: {fault}")
         except KeyboardInterrupt:
+            if not typed:
+                raise
             stderr.print()
+
+
+def _piped_line() -> str | None:
+    """A line of stdin. Decoded line by line, so that a bad one takes no others with it."""
+    line = sys.stdin.buffer.readline()
+    return line.decode("utf-8").strip() if line else None

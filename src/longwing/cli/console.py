@@ -38,7 +38,7 @@ stderr = Console(stderr=True, highlight=False, soft_wrap=True)
 
 def print_error(error: Exception) -> None:
     """One line that says what went wrong; the message itself holds value, limit and remedy."""
-    stderr.print(f"[bold red]error:[/] {escape(str(error))}")
+    stderr.print(f"[bold red]error:[/] {escape(' '.join(str(error).splitlines()))}")
 
 
 def warn(message: str) -> None:
@@ -52,8 +52,9 @@ def note(message: str) -> None:
 
 
 def print_json(facts: object) -> None:
-    """One JSON value on stdout."""
-    typer.echo(json.dumps(facts, indent=2, ensure_ascii=False))
+    """One JSON value on stdout; escaped where the stream could not hold its characters."""
+    is_unicode = sys.stdout.encoding.lower().startswith("utf")
+    typer.echo(json.dumps(facts, indent=2, ensure_ascii=not is_unicode))
 
 
 def print_rows(title: str, rows: Sequence[Sequence[str]]) -> None:
@@ -64,8 +65,12 @@ def print_rows(title: str, rows: Sequence[Sequence[str]]) -> None:
         table.add_column(overflow="fold")
     for row in rows:
         table.add_row(*(escape(cell) for cell in row))
-    # Piped into a file, a table is as wide as it needs to be.
-    Console(highlight=False, width=None if sys.stdout.isatty() else 160).print(table)
+    # A file has no width of its own.
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+    with console.capture() as printed:
+        console.print(table)
+    for line in printed.get().splitlines():
+        sys.stdout.write(line.rstrip() + "\n")  # without the blanks that fill up its column
 
 
 @contextmanager

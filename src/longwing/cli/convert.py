@@ -6,7 +6,9 @@ from typing import Annotated
 import typer
 
 from longwing.cli.console import AsJson, note, print_json, print_rows, progress
+from longwing.cli.options import one_of
 from longwing.convert import convert_gguf
+from longwing.convert.conversion import DTYPES
 
 
 def convert(
@@ -17,7 +19,10 @@ def convert(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="The folder to make.")],
     dtype: Annotated[
         str,
-        typer.Option(help="float16, bfloat16 or float32: what quantised values are written as."),
+        typer.Option(
+            help=f"What values are written as: {', '.join(DTYPES)}.",
+            callback=one_of(DTYPES),
+        ),
     ] = "float16",
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace DIR if it exists.")

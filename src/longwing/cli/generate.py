@@ -1,8 +1,12 @@
-"""`longwing generate`: one prompt in, text out, streamed as it comes."""
+"""`longwing generate`: one prompt in, text out, streamed as it comes.
+
+Text is UTF-8 on the way in, whatever the locale. The prompt is made into tokens before the weights
+are read, so that a prompt or template that will not do costs no wait.
+"""
 
 import itertools
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -10,23 +14,24 @@ import typer
 
 from longwing.cli.console import AsJson, note, print_json, progress, warn
 from longwing.cli.loading import load_generator
-from longwing.cli.options import LoadOptions, ModelArgument, filled_by
+from longwing.cli.options import LoadOptions, ModelArgument, filled_by, find_model
 from longwing.demo import DEMO_NAME
 from longwing.engine.generator import Completion, Generator
 from longwing.engine.request import SamplingParams
 from longwing.errors import RequestError
+from longwing.tokenizer import NAMED_TEMPLATES, Tokenizer
 
 _PLACEHOLDER = "{my_question}"
 
-DEFAULT_ANSWER = 256
-"""Tokens of an answer when --max-new-tokens is not given; less when the context has less room."""
+CHAT_TEMPLATES = ", ".join(name for name in NAMED_TEMPLATES if name != "plain")
+"""What --template can name for any model, for its help."""
 
 TemplateOption = Annotated[
     str,
     typer.Option(
         "--template",
-        help="auto: the model's own chat template, if it has one; plain: none; or falconlite2, "
-        "instruction, thebloke, mistrallite, chatml.",
+        help="auto: the model's own chat template, if it has one; plain: none; or "
+        f"{CHAT_TEMPLATES}.",
     ),
 ]
 
@@ -68,15 +73,10 @@ def generate(
       cat prompt.txt | longwing generate models/falcon --template plain --max-new-tokens 50
     """
     text = _prompt_text(prompt, file)
-    generator = load_generator(model, load)
-    prompt_ids = encode_prompt(generator, text, template, special_tokens)
-    if params.max_new_tokens is None:
-        room = max(1, generator.context - len(prompt_ids))
-        params = replace(
-            params, max_new_tokens=max(params.min_new_tokens, min(DEFAULT_ANSWER, room))
-        )
-    for name in params.without_effect:
-        warn(f"--{name.replace('_', '-')} has no effect at temperature 0; set --temperature")
+    folder = find_model(model)
+    prompt_ids = encode_prompt(Tokenizer.from_folder(folder), text, template, special_tokens)
+    warn_of_idle(params)
+    generator = load_generator(folder, load)
     if as_json:
         with progress("reading the prompt") as advance:
             completion = generator.generate(prompt_ids, params, progress=advance)
@@ -86,10 +86,9 @@ def generate(
 
 
 def encode_prompt(
-    generator: Generator, text: str, template: str, special_tokens: bool = False
+    tokenizer: Tokenizer, text: str, template: str, special_tokens: bool = False
 ) -> list[int]:
     """The tokens of a single prompt under a template choice."""
-    tokenizer = generator.tokenizer
     if template == "auto":
         template = "own" if tokenizer.has_chat_template else "plain"
     if template == "plain":
@@ -100,17 +99,25 @@ def encode_prompt(
     return tokenizer.chat([{"role": "user", "content": text}], template=chosen)
 
 
+def warn_of_idle(params: SamplingParams) -> None:
+    """Name the settings that were given and change nothing."""
+    for name in params.without_effect:
+        warn(f"--{name.replace('_', '-')} has no effect at temperature 0; set --temperature")
+
+
 def stream_answer(generator: Generator, prompt_ids: list[int], params: SamplingParams) -> str:
     """Print an answer as it comes, then one quiet line of figures; returns the text."""
     with progress("reading the prompt") as advance:
         chunks = generator.stream(prompt_ids, params, progress=advance)
         first = next(chunks)
-    for chunk in itertools.chain((first,), chunks):
-        sys.stdout.write(chunk.text)
-        sys.stdout.flush()
-        if chunk.completion is not None:
-            completion = chunk.completion
-    sys.stdout.write("\n")
+    try:
+        for chunk in itertools.chain((first,), chunks):
+            sys.stdout.write(chunk.text)
+            sys.stdout.flush()
+            if chunk.completion is not None:
+                completion = chunk.completion
+    finally:  # after Ctrl-C too, what follows stands on a line of its own
+        sys.stdout.write("\n")
     note(
         f"{completion.prompt_len} prompt tokens in {completion.prefill_s:.1f} s, "
         f"{len(completion.tokens)} new at {completion.tokens_per_s:.1f} tokens/s, "
@@ -124,15 +131,23 @@ def _prompt_text(prompt: str | None, file: Path | None) -> str:
     if file is None:
         if prompt is None and sys.stdin.isatty():
             raise typer.BadParameter("give --prompt or --file, or pipe a prompt in")
-        return sys.stdin.read() if prompt is None else prompt
+        return _decode(sys.stdin.buffer.read(), "stdin") if prompt is None else prompt
     try:
-        document = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as fault:
-        raise RequestError(f"{file} cannot be read as UTF-8 text: {fault}") from fault
+        document = _decode(file.read_bytes(), str(file))
+    except OSError as fault:
+        raise RequestError(f"{file} cannot be read: {fault.strerror}") from fault
     # Replaced literally: str.format would trip over any other brace in the document.
     if _PLACEHOLDER in document:
         return document.replace(_PLACEHOLDER, prompt or "")
     return document if prompt is None else f"{document.rstrip()}\n\n{prompt}"
+
+
+def _decode(content: bytes, source: str) -> str:
+    """Text of a prompt's source, with line ends as they are written here."""
+    try:
+        return content.decode("utf-8").replace("\r\n", "\n")
+    except UnicodeDecodeError as fault:
+        raise RequestError(f"{source} is not UTF-8 text: {fault}") from fault
 
 
 def _facts(completion: Completion, params: SamplingParams) -> dict[str, object]:

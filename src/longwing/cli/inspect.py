@@ -11,6 +11,7 @@ from longwing.cli.options import ModelArgument, find_model, length
 from longwing.demo import DEMO_NAME
 from longwing.errors import TokenizerError
 from longwing.models import ModelConfig, empty_model
+from longwing.plan.weights import num_parameters
 from longwing.rope import explain, ladder
 from longwing.tokenizer import Tokenizer
 
@@ -59,7 +60,7 @@ def _facts(
     quant = checkpoint.quant
     facts: dict[str, object] = {
         "model_type": config.model_type,
-        "parameters": _num_parameters(config),
+        "parameters": num_parameters(empty_model(config)),
         "layers": config.num_layers,
         "hidden_size": config.hidden_size,
         "query_heads": config.num_heads,
@@ -99,12 +100,6 @@ def _facts(
             "chat_template": tokenizer.has_chat_template,
         }
     return facts
-
-
-def _num_parameters(config: ModelConfig) -> int:
-    """Parameters by the module tree; a shared embedding counts once."""
-    count = sum(parameter.numel() for parameter in empty_model(config).parameters())
-    return count - config.vocab_size * config.hidden_size * config.tie_embeddings
 
 
 def _say(value: object) -> str:

@@ -1,12 +1,13 @@
 """Options made from dataclasses: a field's type, default and help are written once, where they act.
 
 Writing `@filled_by(SamplingParams, "Sampling")` over a verb gives it one option a field, and hands
-it the finished object.
+it the finished object. What a dataclass refuses when it is made is wrong on its own, whatever the
+model, and so a usage error.
 """
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, ParamSpec, TypeVar, get_args, get_origin, get_type_hints
@@ -17,6 +18,7 @@ from longwing.cli.console import progress
 from longwing.demo import DEMO_NAME, demo_model
 from longwing.errors import ConfigError, RequestError
 from longwing.hub import find
+from longwing.models import DTYPES
 from longwing.plan import parse_context, parse_size
 from longwing.rope import METHODS, RopeConfig
 
@@ -26,14 +28,17 @@ R = TypeVar("R")
 
 @dataclass(frozen=True, kw_only=True)
 class LoadOptions:
-    """How a model is to be loaded."""
+    """How a model is to be loaded.
+
+    Raises:
+        RequestError, ConfigError: a value that no model could be loaded with.
+    """
 
     device: str = field(default="auto", metadata={"help": "auto, cpu, cuda or cuda:N."})
     dtype: str = field(
         default="auto",
         metadata={
-            "help": "float32, float16 or bfloat16; auto: the checkpoint's own on a GPU, "
-            "float32 on a CPU."
+            "help": f"{', '.join(DTYPES)}; auto: the checkpoint's own on a GPU, float32 on a CPU."
         },
     )
     context: str | None = field(
@@ -47,6 +52,14 @@ class LoadOptions:
             "dynamic,factor=4 or falconlite,alpha=0.25 or theta=1e6."
         },
     )
+
+    def __post_init__(self) -> None:
+        if self.dtype not in ("auto", *DTYPES):
+            raise RequestError(f'dtype "{self.dtype}" is not one of auto, {", ".join(DTYPES)}')
+        if self.context is not None:
+            parse_context(self.context)
+        if self.rope is not None:
+            _rope_words(self.rope)
 
 
 def filled_by(settings: type[Any], panel: str) -> Callable[[Callable[P, R]], Callable[..., R]]:
@@ -73,7 +86,11 @@ def filled_by(settings: type[Any], panel: str) -> Callable[[Callable[P, R]], Cal
         def verb(*args: Any, **kwargs: Any) -> R:
             values = {item.name: kwargs.pop(item.name) for item in fields(settings)}
             collected = {name: _collect(value, types[name]) for name, value in values.items()}
-            return function(*args, **kwargs, **{target: settings(**collected)})
+            try:
+                filled = settings(**collected)
+            except (RequestError, ConfigError) as error:
+                raise typer.BadParameter(str(error)) from error
+            return function(*args, **kwargs, **{target: filled})
 
         every = [*own, *made]
         verb.__signature__ = signature.replace(parameters=every)  # type: ignore[attr-defined]
@@ -112,17 +129,28 @@ ModelArgument = Annotated[
     typer.Argument(
         help="A model folder, or owner/name once pulled. Without it: the small demo model, "
         "made on first use.",
-        show_default=DEMO_NAME,
     ),
 ]
 
 
 def find_model(model: str) -> Path:
-    """The folder a MODEL argument means; the demo model is made on first use."""
-    if model != DEMO_NAME:
+    """The folder a MODEL argument means: one that exists, else a name; the demo is made at need."""
+    if model != DEMO_NAME or Path(model).is_dir():
         return find(model)
     with progress(f"making {DEMO_NAME}", in_bytes=True) as advance:
         return demo_model(progress=advance)
+
+
+def one_of(words: Iterable[str]) -> Callable[[str | None], str | None]:
+    """The callback of an option that takes these words only; another is a usage error."""
+    known = tuple(words)
+
+    def check(word: str | None) -> str | None:
+        if word is not None and word not in known:
+            raise typer.BadParameter(f'"{word}" is not one of {", ".join(known)}')
+        return word
+
+    return check
 
 
 def length(text: str) -> int:
@@ -151,17 +179,29 @@ def parse_rope(text: str, base: RopeConfig | None) -> RopeConfig:
     """
     if base is None:
         raise ConfigError(f'RoPE settings "{text}" were given, but this model uses ALiBi')
-    words = [word.strip() for word in text.split(",")]
-    method = base.method if "=" in words[0] else words.pop(0)
-    if method not in METHODS:
-        raise ConfigError(f'RoPE method "{method}" is not one of {", ".join(METHODS)}')
+    method, changes = _rope_words(text)
+    method = method or base.method
     own = base.to_hf() if method == base.method else {}
     settings: dict[str, object] = {
         "rope_type": method,
         "rope_theta": base.theta,
         "original_max_position_embeddings": base.trained_len,
         **own.get("rope_parameters", {}),
+        **changes,
     }
+    max_position = own.get("max_position_embeddings", base.trained_len)
+    return RopeConfig.from_hf(
+        {"rope_parameters": settings}, head_dim=base.head_dim, max_position=max_position
+    )
+
+
+def _rope_words(text: str) -> tuple[str | None, dict[str, float]]:
+    """The method, None if not named, and the settings; what can be refused without a model is."""
+    words = [word.strip() for word in text.split(",")]
+    method = None if "=" in words[0] else words.pop(0)
+    if method is not None and method not in METHODS:
+        raise ConfigError(f'RoPE method "{method}" is not one of {", ".join(METHODS)}')
+    settings: dict[str, float] = {}
     for word in words:
         name, _, value = word.partition("=")
         name = "rope_theta" if name == "theta" else name
@@ -169,7 +209,4 @@ def parse_rope(text: str, base: RopeConfig | None) -> RopeConfig:
             settings[name] = int(value) if value.isdecimal() else float(value)
         except ValueError:
             raise ConfigError(f'RoPE setting "{word}" is not name=number') from None
-    max_position = own.get("max_position_embeddings", base.trained_len)
-    return RopeConfig.from_hf(
-        {"rope_parameters": settings}, head_dim=base.head_dim, max_position=max_position
-    )
+    return method, settings

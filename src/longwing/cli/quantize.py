@@ -8,9 +8,8 @@ import torch
 import typer
 
 from longwing.cli.console import AsJson, note, print_json, print_rows, progress_by_part
-from longwing.cli.options import filled_by, find_model
-from longwing.errors import ConfigError
-from longwing.models import DTYPES
+from longwing.cli.options import filled_by, find_model, one_of, size
+from longwing.models import DTYPES, find_device
 from longwing.plan import format_size
 from longwing.quant.calibration import make_calibration
 from longwing.quant.estimate import Estimate, estimate
@@ -44,15 +43,27 @@ def quantize(
     long_seqlen: Annotated[int, typer.Option(min=0, help="Tokens of a long sample.")] = 0,
     seed: Annotated[int, typer.Option(help="Chooses samples among more text than is needed.")] = 0,
     checkpoint_format: Annotated[
-        str, typer.Option("--format", help=f"{', '.join(FORMATS)}; auto: gptq if symmetric.")
+        str,
+        typer.Option(
+            "--format",
+            help=f"{', '.join(FORMATS)}; auto: gptq if symmetric.",
+            callback=one_of(FORMATS),
+        ),
     ] = "auto",
     true_sequential: Annotated[
         bool, typer.Option(help="Feed each stage of a block by the quantised ones before it.")
     ] = True,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     dtype: Annotated[
-        str, typer.Option(help="Computing: float32, float16, bfloat16; auto: float32 on a CPU.")
+        str,
+        typer.Option(
+            help=f"Computing: {', '.join(DTYPES)}; auto: float32 on a CPU.",
+            callback=one_of(("auto", *DTYPES)),
+        ),
     ] = "auto",
+    gpu_memory: Annotated[
+        str | None, typer.Option(help="Use no more of the GPU than this, e.g. 24GiB.")
+    ] = None,
     restart: Annotated[
         bool, typer.Option("--restart", help="Forget what an interrupted run has done.")
     ] = False,
@@ -71,7 +82,7 @@ def quantize(
       longwing quantize models/llama out --bits 3 --data my_texts.jsonl --plan
     """
     folder = find_model(model)
-    where = torch.device(_device(device))
+    where = find_device(device)
     kind = _dtype(dtype, where)
     _, config = check_source(folder, spec)
     facts = estimate(
@@ -107,6 +118,7 @@ def quantize(
             true_sequential=true_sequential,
             device=where,
             dtype=kind,
+            memory=None if gpu_memory is None else size(gpu_memory),
             restart=restart,
             progress=tell,
         )
@@ -159,15 +171,7 @@ def _duration(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} minutes"
 
 
-def _device(asked: str) -> str:
-    if asked != "auto":
-        return asked
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
 def _dtype(asked: str, device: torch.device) -> torch.dtype:
     if asked == "auto":
         return torch.float32 if device.type == "cpu" else torch.bfloat16
-    if asked not in DTYPES:
-        raise ConfigError(f'dtype "{asked}" is not one of auto, {", ".join(DTYPES)}')
     return DTYPES[asked]

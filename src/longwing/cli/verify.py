@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from longwing.cli.console import AsJson, print_json, print_rows, progress
+from longwing.errors import CheckpointError
 from longwing.verify import Verdict
 from longwing.verify import verify as verify_folder
 
@@ -32,7 +33,8 @@ def verify(
         print_json(_facts(verdict))
     else:
         _print(verdict)
-    raise typer.Exit(0 if verdict.ok else 1)
+    if not verdict.ok:
+        raise CheckpointError(_found(verdict), file=str(folder))
 
 
 def _print(verdict: Verdict) -> None:
@@ -41,10 +43,13 @@ def _print(verdict: Verdict) -> None:
     rows = [("checked", f"{depth} of {size}")]
     rows += [("note", text) for text in verdict.notes]
     rows += [("problem", str(error)) for error in verdict.problems]
-    count = len(verdict.problems)
-    found = "nothing wrong" if verdict.ok else f"{count} problem{'s' if count > 1 else ''}"
-    rows.append(("verdict", found))
+    rows.append(("verdict", _found(verdict)))
     print_rows(str(verdict.folder), rows)
+
+
+def _found(verdict: Verdict) -> str:
+    count = len(verdict.problems)
+    return "nothing wrong" if verdict.ok else f"{count} problem{'s' if count > 1 else ''}"
 
 
 def _facts(verdict: Verdict) -> dict[str, object]:

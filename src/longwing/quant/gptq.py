@@ -139,9 +139,7 @@ def _feed_back(
     ranks = torch.argsort(H.diagonal(), descending=True, stable=True)
     order = ranks if spec.act_order else natural
     R, damp_percent = _factorise(H, order, spec.damp_percent)
-    T, goal, M = _targets(
-        W[order], R, _permuted(D, order) if D is not None and spec.needs_drift else None, spec
-    )
+    T, goal, M = _targets(W[order], D, R, order, spec)
     ahead = spec.static_groups or G == 1
     group_of = (order if ahead else natural) // (K // G)
     members = torch.argsort(group_of, stable=True)
@@ -153,7 +151,9 @@ def _feed_back(
     grid = fit_to(T) if ahead else None
     c, values, grid = round_in_order(T, R, M, grid, group_of, spec, min_zero)
     for _ in range(spec.refits):
-        c, values, grid = round_in_order(T, R, M, fit_to(values), group_of, spec, min_zero)
+        grid = fit_to(values)
+        del c, values  # each as large as W: the next ones need the room
+        c, values, grid = round_in_order(T, R, M, grid, group_of, spec, min_zero)
     back = torch.argsort(order)
     c, goal, g_idx_K = c[back], goal[back], group_of[back]
     del T, R, M, values

@@ -56,6 +56,7 @@ def quantize(
     true_sequential: bool = True,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
+    memory: int | None = None,
     restart: bool = False,
     progress: Progress | None = None,
 ) -> Quantized:
@@ -74,6 +75,7 @@ def quantize(
         true_sequential: feed each stage of a block by the quantised ones before it.
         device: where to compute.
         dtype: number type to compute the model in; None is float32 on a CPU, bfloat16 on a GPU.
+        memory: bytes of a GPU that may be used; what does not fit waits on the host.
         restart: forget what an interrupted run has done.
         progress: told how far the run is.
 
@@ -103,6 +105,7 @@ def quantize(
             true_sequential=true_sequential,
             device=device,
             dtype=dtype,
+            memory=memory,
         )
         _run(walk, journal, num_resumed, tell)
         reports = layer_reports(journal, config.num_layers)

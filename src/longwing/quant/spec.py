@@ -59,7 +59,9 @@ class QuantSpec:
         "factorisation fails",
     )
     correction: float = _setting(
-        1.0, "share of the input drift that gptaq and qronos make up for, 0 to 1"
+        0.5,
+        "share of the input drift that gptaq and qronos make up for, 0 to 1; all of it fits the "
+        "calibration text best and others worse",
     )
     block_size: int = _setting(128, "columns rounded between two updates of the remaining ones")
 
@@ -79,7 +81,7 @@ class QuantSpec:
             raise _refusal("damp_percent", self.damp_percent, "0 to 1 is needed")
         if not _is_number(self.correction) or not 0 <= self.correction <= 1:
             raise _refusal("correction", self.correction, "0 to 1 is needed")
-        if self.correction != 1 and not self.needs_drift:
+        if self.correction != QuantSpec.correction and not self.needs_drift:
             raise _refusal("correction", self.correction, f"{self.method} corrects no drift")
 
     def as_published(self) -> "QuantSpec":
@@ -91,7 +93,7 @@ class QuantSpec:
             static_groups=False,
             refits=0,
             sweeps=0,
-            correction=1.0,
+            correction=QuantSpec.correction,
         )
 
     @property

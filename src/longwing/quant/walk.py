@@ -47,6 +47,7 @@ class Walk:
         true_sequential: feed each stage by the quantised ones before it.
         device: where to compute.
         dtype: number type to compute the model in.
+        memory: bytes of the device that may be used; None is nearly all of it.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class Walk:
         true_sequential: bool,
         device: torch.device,
         dtype: torch.dtype,
+        memory: int | None = None,
     ) -> None:
         longest = 1 if calibration is None else calibration.longest
         self.model = empty_model(config, max(longest, config.context))
@@ -69,6 +71,7 @@ class Walk:
         self.spec = spec
         self.device = device
         self._min_zero = min_zero
+        self._memory = memory
         self._inventory = take_inventory(self.model, checkpoint)
         self._filler = Filler(
             model=self.model, checkpoint=checkpoint, device=device, dtype=dtype, unpack=False
@@ -236,9 +239,10 @@ class Walk:
         """
         if self.device.type != "cuda":
             return hidden_TD
-        total = torch.cuda.get_device_properties(self.device).total_memory
+        total = torch.cuda.get_device_properties(self.device).total_memory * 9 // 10
+        total = min(total, self._memory or total)
         parked = sum(hidden.nbytes for hidden in (*self._hidden, *self._full) if hidden.is_cuda)
-        roomy = parked + hidden_TD.nbytes + self._working_bytes < 0.9 * total
+        roomy = parked + hidden_TD.nbytes + self._working_bytes < total
         return hidden_TD if roomy else hidden_TD.cpu()
 
     def _settle(self, linear: Linear, packed: PackedWeight) -> None:
