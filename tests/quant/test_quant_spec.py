@@ -20,7 +20,7 @@ from longwing.quant import QuantSpec
         *[(name, -1) for name in ("refits", "sweeps", "block_size")],
         ("block_size", 0),
         ("sweeps", 1.0),
-        *[("damp_percent", value) for value in (-0.1, 1.5, float("nan"), True, "0.1")],
+        *[("damp_percent", value) for value in (-0.1, 1, 1.5, float("nan"), True, "0.1")],
         *[("correction", value) for value in (-0.1, 1.5, float("nan"))],
     ],
 )

@@ -44,7 +44,7 @@ def test_dead_inputs_are_rounded_to_nearest_and_told_of(method: str) -> None:
     nearest = scale * torch.round(W[:, dead] / scale).clamp(-8, 7)
     torch.testing.assert_close(solved.dequantised(torch.float64)[:, dead], nearest)
     assert solved.notes == ("4 of 96 input features were 0 throughout the calibration",)
-    assert solved.damp_percent == (0 if method == "rtn" else 0.01)
+    assert solved.damp_percent == (0 if method == "rtn" else 0.05)
 
 
 def test_a_layer_without_any_input_is_rounded_to_nearest() -> None:

@@ -120,12 +120,12 @@ def _fit_group(
 def descend(
     T: Tensor, H: Tensor, c: Tensor, grid: Grid, groups: list[Rows], spec: QuantSpec
 ) -> None:
-    """Lower ‖(T − Ŵ) X‖² in turns of scales and whole numbers: coordinate descent, in place.
+    """Lower ‖(T − Ŵ) X‖² by coordinate descent on scales and whole numbers, in place.
 
-    One turn sets each scale to its best value given everything else, then rounds each column again,
-    given all others; no step raises the objective. H comes without damping: it is the true
-    objective, and on held-out inputs, too, it did better than a damped one, even with less than
-    three tokens per column.
+    A sweep takes group after group, sets its scales to their best values given everything else, and
+    rounds each of its columns again, given all others; no step raises the objective. H comes
+    without damping: it is the true objective, and on held-out inputs, too, it did better than a
+    damped one, even with less than three tokens per column.
 
     Args:
         T: (K, N) the weights to come close to.
@@ -133,50 +133,63 @@ def descend(
         c: (K, N), changed: the whole numbers q − zero.
         grid: its scales are changed.
         groups: the columns of each group.
-        spec: `sweeps` turns.
+        spec: `sweeps` of them.
 
-    Cost: 4 N K² flop a turn, and the inner loop.
+    Cost: 2 N K² flop a sweep, and the inner loop.
     """
-    group_of = torch.empty(len(T), dtype=torch.int64, device=T.device)
+    E = torch.empty_like(T)
     for g, rows in enumerate(groups):
-        group_of[rows] = g
-    d = H.diagonal()[:, None]
-    live, d = d > 0, d.clamp(min=torch.finfo(d.dtype).tiny)
-    W_hat = grid.scale_GO[group_of].mul_(c)
-    E, change, values = T - W_hat, torch.empty_like(T), torch.empty_like(T)
+        E[rows] = T[rows] - grid.scale_GO[g] * c[rows]
     for _ in range(spec.sweeps):
         for g, rows in enumerate(groups):
-            _rescale(grid.scale_GO[g], H[rows], H[rows][:, rows], rows, c[rows], E)
-        torch.sub(T, E, out=W_hat)
-        for start in range(0, len(T), spec.block_size):
-            block = slice(start, start + spec.block_size)
-            # Down the slope; but a column without input has none, and goes to the nearest point.
-            downhill = W_hat[block] + (H[block] @ E) / d[block]
-            _round_part(
-                torch.where(live[block], downhill, T[block]),
-                W_hat[block],
-                grid,
-                group_of[block],
-                spec.bits,
-                H[block, block] / d[block].T,
-                None,
-                (c[block], values[block], change[block]),
-            )
-            E[block] += change[block]
+            slope, H_gg, c_g, E_g = H[rows] @ E, H[rows][:, rows], c[rows], E[rows]
+            change = _rescale(grid.scale_GO[g], slope, H_gg, c_g) * c_g
+            E_g -= change
+            slope -= H_gg @ change
+            _round_again(slope, T[rows], H_gg, c_g, E_g, grid, g, spec)
+            c[rows], E[rows] = c_g, E_g
 
 
-def _rescale(scale: Tensor, H_rows: Tensor, H_gg: Tensor, rows: Rows, c: Tensor, E: Tensor) -> None:
-    """The best scale of one group for each output feature, unless float16 makes it a worse one.
+def _rescale(scale: Tensor, slope: Tensor, H_gg: Tensor, c: Tensor) -> Tensor:
+    """Set the scales of one group, (N,), to their best; returns by how much they grew.
 
     The objective is a parabola in each scale: Ŵ moves along c, so that its slope is −2 (H E)·c and
-    its curvature 2 c·(H c).
+    its curvature 2 c·(H c). Where float16 would make the best scale a worse one, the old one stays.
     """
-    slope, curvature = ((H_rows @ E) * c).sum(0), ((H_gg @ c) * c).sum(0)
-    best = storable(scale + slope / torch.where(curvature > 0, curvature, 1))
-    step = best - scale
+    slope, curvature = (slope * c).sum(0), ((H_gg @ c) * c).sum(0)
+    step = storable(scale + slope / torch.where(curvature > 0, curvature, 1)) - scale
     step = torch.where(step * (2 * slope - step * curvature) > 0, step, 0)
     scale += step
-    E[rows] -= step * c
+    return step
+
+
+def _round_again(
+    slope: Tensor, T: Tensor, H: Tensor, c: Tensor, E: Tensor, grid: Grid, g: int, spec: QuantSpec
+) -> None:
+    """Round the columns of group g, each given all others; c, E and slope = H E are changed.
+
+    H, T and the like are those of the group alone.
+    """
+    d = H.diagonal()[:, None]
+    live, d = d > 0, d.clamp(min=torch.finfo(d.dtype).tiny)
+    for start in range(0, len(T), spec.block_size):
+        block = slice(start, min(start + spec.block_size, len(T)))
+        W_hat = T[block] - E[block]
+        # Down the slope; but a column without input has none, and goes to the nearest point.
+        base = torch.where(live[block], W_hat + slope[block] / d[block], T[block])
+        values, change = torch.empty_like(base), torch.empty_like(base)
+        _round_part(
+            base,
+            W_hat,
+            grid,
+            torch.full((len(base),), g, device=T.device),
+            spec.bits,
+            H[block, block] / d[block].T,
+            None,
+            (c[block], values, change),
+        )
+        E[block] += change
+        slope[block.stop :].addmm_(H[block.stop :, block], change)
 
 
 def _round_part(

@@ -34,6 +34,8 @@ from longwing.quant.statistics import Statistics
 
 log = logging.getLogger(__name__)
 
+_PANEL = 2048
+
 _GIVE_UP = 1.0
 """Damping beyond which a factorisation that still fails is no matter of rounding."""
 
@@ -78,10 +80,10 @@ def solve(W_OI: Tensor, stats: Statistics | None, spec: QuantSpec, *, min_zero: 
         The same result, bit for bit, for the same arguments on the same device.
 
     Cost, with N = O and K = I, in flop: K³/3 for the factor; N K² for each of 1 + refits rounds of
-    rounding; 4 N K² for each sweep, as much for the report and for "qronos"; K³ for "gptaq". On a
-    GPU the search for scales and the inner loop take about as long, without Triton 100 µs more for
-    each column and pass. Memory on top of the arguments: 4 (2 K² + 7 N K) bytes, with drift
-    4 (3 K² + 8 N K).
+    rounding; 2 N K² for each sweep, and for the report; 4 N K² for "qronos"; K³ more for "gptaq".
+    On a GPU the search for scales and the inner loop take about as long, without Triton 100 µs more
+    for each column and pass. Memory on top of the arguments: the larger of 4 (2 K² + N K) and
+    4 (K² + 6 N K) bytes; "gptaq" needs 4 K² more.
 
     Raises:
         ConfigError: the spec does not fit the layer's shape.
@@ -139,7 +141,7 @@ def _feed_back(
     ranks = torch.argsort(H.diagonal(), descending=True, stable=True)
     order = ranks if spec.act_order else natural
     R, damp_percent = _factorise(H, order, spec.damp_percent)
-    T, goal, M = _targets(W[order], D, R, order, spec)
+    T, goal, M = _targets(W, D, R, order, spec)
     ahead = spec.static_groups or G == 1
     group_of = (order if ahead else natural) // (K // G)
     members = torch.argsort(group_of, stable=True)
@@ -166,7 +168,9 @@ def _feed_back(
 def _targets(
     W: Tensor, D: Tensor | None, R: Tensor, order: Tensor, spec: QuantSpec
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """What to round towards at first, what at last, and M, how values move later columns times R.
+    """What to round towards at first, what at last, and M: how values move later columns, times R.
+
+    All three are in `order`; W and D are not.
 
     GPTQ comes close to W. Qronos minimises ‖W X_fp − Ŵ X‖², which is ‖(T − Ŵ) X‖² and a constant,
     with T = W + W D H⁻¹: it is GPTQ towards T. (Of the paper's steps only the first differs: it
@@ -174,12 +178,13 @@ def _targets(
     column by the columns after it, through its matrix P = M R⁻¹; its objective is the same.
     """
     if D is None or not spec.needs_drift:
-        return W, W, None
-    D = _permuted(D, order).mul_(spec.correction)
-    T = W + _least_squares(R, D.T @ W)
+        T = W[order]
+        return T, T, None
+    T = _least_squares(R, (D.T @ W)[order]).mul_(spec.correction).add_(W[order])
     if spec.method == "qronos":
         return T, T, None
-    return W, T, torch.linalg.solve_triangular(R.T, D, upper=False, left=False).triu_(1)
+    D = _permuted(D, order).mul_(spec.correction)
+    return W[order], T, torch.linalg.solve_triangular(R.T, D, upper=False, left=False).triu_(1)
 
 
 def _factorise(H: Tensor, order: Tensor, damp_percent: float) -> tuple[Tensor, float]:
@@ -256,11 +261,21 @@ def _errors(
     if H is None:
         return None, None
     E = W - dequantize(weight, W.dtype)
-    total = float((W * (H @ W)).sum()) or 1.0  # a layer without weight or input has no error either
-    error = float((E * (H @ E)).sum())
+    total = _energy(H, W) or 1.0  # a layer without weight or input has no error either
+    error = _energy(H, E)
     if D is None:
         return error / total, None
     return error / total, (error + 2 * float(((D.T @ W) * E).sum())) / total
+
+
+def _energy(H: Tensor, A: Tensor) -> float:
+    """tr(Aᵀ H A), with half the work since H is symmetric."""
+    total = A.new_zeros(())
+    for start in range(0, len(A), _PANEL):
+        panel = slice(start, start + _PANEL)
+        total += 2 * ((H[panel, :start] @ A[:start]) * A[panel]).sum()
+        total += ((H[panel, panel] @ A[panel]) * A[panel]).sum()
+    return float(total)
 
 
 def _check_statistics(stats: Statistics | None, spec: QuantSpec, in_features: int) -> None:

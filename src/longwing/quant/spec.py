@@ -54,7 +54,7 @@ class QuantSpec:
         2, "turns of coordinate descent at the end: each scale, then each weight, given the others"
     )
     damp_percent: float = _setting(
-        0.01,
+        0.05,
         "fraction of the Hessian's mean diagonal that is added to it; raised by itself where the "
         "factorisation fails",
     )
@@ -77,8 +77,8 @@ class QuantSpec:
         for name, least in (("refits", 0), ("sweeps", 0), ("block_size", 1)):
             if type(getattr(self, name)) is not int or getattr(self, name) < least:
                 raise _refusal(name, getattr(self, name), f"a number from {least} is needed")
-        if not _is_number(self.damp_percent) or not 0 <= self.damp_percent <= 1:
-            raise _refusal("damp_percent", self.damp_percent, "0 to 1 is needed")
+        if not _is_number(self.damp_percent) or not 0 <= self.damp_percent < 1:
+            raise _refusal("damp_percent", self.damp_percent, "0 to below 1 is needed")
         if not _is_number(self.correction) or not 0 <= self.correction <= 1:
             raise _refusal("correction", self.correction, "0 to 1 is needed")
         if self.correction != QuantSpec.correction and not self.needs_drift:
@@ -93,6 +93,7 @@ class QuantSpec:
             static_groups=False,
             refits=0,
             sweeps=0,
+            damp_percent=0.01,
             correction=QuantSpec.correction,
         )
 

@@ -95,7 +95,8 @@ class Walk:
                 self._rotations[len(sample_T)] = self.model.rotation(positions_T, None)
         self.model.embedding.to("meta")
         if self.spec.needs_drift:
-            self._full = list(self._hidden)
+            # Copies: parked samples are written over in place.
+            self._full = [self._park(hidden_TD.to(self.device)) for hidden_TD in self._hidden]
 
     @torch.inference_mode()
     def block(self, index: int, known: BlockResult | None, step: Step) -> BlockResult:
@@ -223,7 +224,7 @@ class Walk:
     def _carry(self, block: nn.Module, hidden: list[Tensor], progress: "_Steps | None") -> None:
         """Every sample's hidden states through a block, in place."""
         for number, hidden_TD in enumerate(hidden):
-            hidden[number] = self._park(self._through(block, hidden_TD))
+            hidden[number] = self._park(self._through(block, hidden_TD), hidden_TD)
             if progress is not None:
                 progress.advance()
 
@@ -232,18 +233,22 @@ class Walk:
         out_TD: Tensor = block(hidden_TD.to(self.device, non_blocking=True), rotation, None)
         return out_TD
 
-    def _park(self, hidden_TD: Tensor) -> Tensor:
+    def _park(self, hidden_TD: Tensor, before: Tensor | None = None) -> Tensor:
         """Where a sample waits for the next block: on the device while there is ample room.
 
-        Where it waits moves no number, so it need not be the same when a run is resumed.
+        Else in pinned host memory, which copies several times faster and is used again (`before`)
+        from block to block. Where it waits moves no number, so a resumed run may park elsewhere.
         """
         if self.device.type != "cuda":
             return hidden_TD
+        if before is not None and not before.is_cuda:
+            return before.copy_(hidden_TD)
         total = torch.cuda.get_device_properties(self.device).total_memory * 9 // 10
         total = min(total, self._memory or total)
         parked = sum(hidden.nbytes for hidden in (*self._hidden, *self._full) if hidden.is_cuda)
-        roomy = parked + hidden_TD.nbytes + self._working_bytes < total
-        return hidden_TD if roomy else hidden_TD.cpu()
+        if parked + hidden_TD.nbytes + self._working_bytes < total:
+            return hidden_TD
+        return torch.empty_like(hidden_TD, device="cpu", pin_memory=True).copy_(hidden_TD)
 
     def _settle(self, linear: Linear, packed: PackedWeight) -> None:
         """Give a linear the values that a reader of the file will compute with."""
