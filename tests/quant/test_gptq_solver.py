@@ -10,7 +10,7 @@ from torch import Tensor
 from longwing.quant import QuantSpec, solve
 from longwing.quant.grid import fit
 
-PLAIN = QuantSpec(grid="minmax", refits=0, sweeps=0, block_size=48)
+PLAIN = QuantSpec(method="gptq", grid="minmax", refits=0, sweeps=0, block_size=48)
 """GPTQ as published; the block size divides nothing."""
 
 
@@ -67,6 +67,7 @@ def test_solver_equals_the_naive_one(bits: int, group_size: int, sym: bool) -> N
     stats = statistics(x)
     for act_order, static_groups, grid in product((False, True), (False, True), ("minmax", "mse")):
         spec = QuantSpec(
+            method="gptq",
             bits=bits,
             group_size=group_size,
             sym=sym,
@@ -125,7 +126,7 @@ def test_qronos_gives_every_column_its_least_squares_value() -> None:
 @pytest.mark.parametrize("method", ["gptaq", "qronos"])
 def test_without_drift_the_result_is_plain_gptqs_to_the_bit(method: str) -> None:
     W, x = make_weights(32, 192).float(), make_inputs(500, 192).float()
-    spec = QuantSpec(bits=3, group_size=64)
+    spec = QuantSpec(method="gptq", bits=3, group_size=64)
     plain = solve(W, statistics(x), spec)
     other = solve(W, statistics(x, x), QuantSpec(bits=3, group_size=64, method=method))
     assert torch.equal(plain.weight.qweight_WN, other.weight.qweight_WN)
@@ -153,7 +154,7 @@ def test_knowing_the_drift_lowers_its_objective(sweeps: int) -> None:
 def test_correction_0_is_plain_gptq() -> None:
     W, x_fp = make_weights(8, 64), make_inputs(300, 64)
     x = make_drift(x_fp, 0.1)
-    spec = QuantSpec(group_size=32)
+    spec = QuantSpec(method="gptq", group_size=32)
     off = QuantSpec(group_size=32, method="qronos", correction=0)
     plain, other = solve(W, statistics(x), spec), solve(W, statistics(x, x_fp), off)
     assert torch.equal(plain.weight.qweight_WN, other.weight.qweight_WN)
@@ -167,9 +168,9 @@ def test_each_step_beyond_rounding_pays(bits: int, seed: int) -> None:
     plain = {"bits": bits, "grid": "minmax", "static_groups": False, "refits": 0, "sweeps": 0}
     specs = [
         QuantSpec(**plain, method="rtn"),
-        QuantSpec(**plain),
-        QuantSpec(bits=bits, refits=0, sweeps=0),
-        QuantSpec(bits=bits),
+        QuantSpec(**plain, method="gptq"),
+        QuantSpec(method="gptq", bits=bits, refits=0, sweeps=0),
+        QuantSpec(method="gptq", bits=bits, refits=1, sweeps=2),
     ]
     errors = [solve(W, stats, spec).error or 0 for spec in specs]
     assert errors == sorted(errors, reverse=True)
@@ -194,7 +195,7 @@ def test_sweeps_never_raise_the_objective(method: str, static_groups: bool) -> N
 
 def test_after_many_sweeps_no_single_weight_can_do_better() -> None:
     W, x = make_weights(8, 32), make_inputs(200, 32)
-    solved = solve(W, statistics(x), QuantSpec(group_size=-1, sweeps=60))
+    solved = solve(W, statistics(x), QuantSpec(method="gptq", group_size=-1, sweeps=60))
     W_hat, scale = solved.dequantised(torch.float64), solved.weight.scales_GN[0].double()
     for o, i, step in product(range(8), range(32), (-1, 1)):
         moved = W_hat.clone()
@@ -206,22 +207,24 @@ def test_after_many_sweeps_no_single_weight_can_do_better() -> None:
 def test_neither_block_size_nor_company_changes_a_row() -> None:
     W, x = make_weights(24, 192), make_inputs(500, 192)
     stats = statistics(x)
-    whole = solve(W, stats, QuantSpec(group_size=32)).dequantised()
+    whole = solve(W, stats, QuantSpec(method="gptq", group_size=32)).dequantised()
     for block_size in (1, 20, 64, 1000):
-        spec = QuantSpec(group_size=32, block_size=block_size)
+        spec = QuantSpec(method="gptq", group_size=32, block_size=block_size)
         assert torch.equal(solve(W[8:], stats, spec).dequantised(), whole[8:])
 
 
 def test_float32_is_as_good_as_float64() -> None:
     W, x = make_weights(32, 384), make_inputs(1500, 384)
-    exact = solve(W, statistics(x), QuantSpec(group_size=64)).error
-    single = solve(W.float(), statistics(x.float()), QuantSpec(group_size=64)).error
+    exact = solve(W, statistics(x), QuantSpec(method="gptq", group_size=64)).error
+    single = solve(W.float(), statistics(x.float()), QuantSpec(method="gptq", group_size=64)).error
     assert single == pytest.approx(exact, rel=0.01)
 
 
 def test_same_arguments_give_the_same_bits() -> None:
     W, stats = make_weights(16, 192).float(), statistics(make_inputs(500, 192).float())
-    one, two = (solve(W, stats, QuantSpec(group_size=64, sym=False)).weight for _ in range(2))
+    one, two = (
+        solve(W, stats, QuantSpec(method="gptq", group_size=64, sym=False)).weight for _ in range(2)
+    )
     for name in ("qweight_WN", "zeros_GN", "scales_GN"):
         assert torch.equal(getattr(one, name), getattr(two, name))
 

@@ -28,8 +28,8 @@ def make_groups() -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_search_never_does_worse_than_the_whole_range(bits: int, sym: bool) -> None:
     W_GIO, h_GI = make_groups()
-    whole = fit(W_GIO, h_GI, QuantSpec(bits=bits, sym=sym, grid="minmax"))
-    found = fit(W_GIO, h_GI, QuantSpec(bits=bits, sym=sym))
+    whole = fit(W_GIO, h_GI, QuantSpec(method="gptq", bits=bits, sym=sym, grid="minmax"))
+    found = fit(W_GIO, h_GI, QuantSpec(method="gptq", bits=bits, sym=sym))
     gain = cost(W_GIO, h_GI, found, bits) / cost(W_GIO, h_GI, whole, bits)
     assert torch.all(gain <= 1)
     assert gain.mean() < {2: 0.5, 3: 0.7, 4: 0.9, 8: 1}[bits]
@@ -44,14 +44,17 @@ def test_search_comes_close_to_trying_everything(bits: int, sym: bool) -> None:
         for scale in W_GIO.abs().amax(1) * torch.linspace(0.02, 1.2, 300)[:, None, None]:
             every = Grid(scale_GO=storable(scale), zero_GO=torch.full_like(scale, zero))
             least = torch.minimum(least, cost(W_GIO, h_GI, every, bits))
-    excess = cost(W_GIO, h_GI, fit(W_GIO, h_GI, QuantSpec(bits=bits, sym=sym)), bits) / least
+    excess = (
+        cost(W_GIO, h_GI, fit(W_GIO, h_GI, QuantSpec(method="gptq", bits=bits, sym=sym)), bits)
+        / least
+    )
     assert excess.mean() < 1.01
     assert excess.max() < 1.12
 
 
 def test_scales_are_what_float16_holds_and_zero_points_whole() -> None:
     W_GIO, h_GI = make_groups()
-    found = fit(W_GIO, h_GI, QuantSpec(bits=3, sym=False), min_zero=1)
+    found = fit(W_GIO, h_GI, QuantSpec(method="gptq", bits=3, sym=False), min_zero=1)
     assert torch.equal(found.scale_GO, found.scale_GO.half().double())
     assert torch.equal(found.zero_GO, found.zero_GO.round())
     assert found.zero_GO.min() >= 1
@@ -60,7 +63,9 @@ def test_scales_are_what_float16_holds_and_zero_points_whole() -> None:
 
 def test_without_zero_point_0_positive_weights_are_still_covered() -> None:
     W_GIO = make_groups()[0].abs()
-    found = fit(W_GIO, W_GIO[:, :, 0], QuantSpec(sym=False, grid="minmax"), min_zero=1)
+    found = fit(
+        W_GIO, W_GIO[:, :, 0], QuantSpec(method="gptq", sym=False, grid="minmax"), min_zero=1
+    )
     assert torch.all(found.zero_GO == 1)
     error = centred(W_GIO, found.scale_GO[:, None], found.zero_GO[:, None], 4)
     error = (error * found.scale_GO[:, None] - W_GIO).abs()
@@ -70,10 +75,10 @@ def test_without_zero_point_0_positive_weights_are_still_covered() -> None:
 @pytest.mark.parametrize("sym", [True, False])
 def test_a_bound_on_memory_changes_nothing(sym: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     W_GIO, h_GI = make_groups()
-    whole = fit(W_GIO, h_GI, QuantSpec(sym=sym))
+    whole = fit(W_GIO, h_GI, QuantSpec(method="gptq", sym=sym))
     for elements in (1, 4 * 128 * 3, 4 * 128 * 10 * 5):
         monkeypatch.setattr(grid, "_ELEMENTS", elements)
-        found = fit(W_GIO, h_GI, QuantSpec(sym=sym))
+        found = fit(W_GIO, h_GI, QuantSpec(method="gptq", sym=sym))
         assert torch.equal(found.scale_GO, whole.scale_GO)
         assert torch.equal(found.zero_GO, whole.zero_GO)
 
@@ -83,6 +88,6 @@ def test_columns_that_cost_nothing_do_not_matter() -> None:
     h_GI[:, ::2] = 0
     shrunk_GIO = W_GIO.clone()
     shrunk_GIO[:, ::2] *= 0.5
-    found, other = (fit(W, h_GI, QuantSpec(bits=2)) for W in (W_GIO, shrunk_GIO))
+    found, other = (fit(W, h_GI, QuantSpec(method="gptq", bits=2)) for W in (W_GIO, shrunk_GIO))
     difference = cost(W_GIO, h_GI, found, 2) / cost(W_GIO, h_GI, other, 2) - 1
     assert torch.all(difference.abs() < 0.02)

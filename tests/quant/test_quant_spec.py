@@ -32,7 +32,7 @@ def test_bad_value_is_refused_by_name(name: str, value: Any) -> None:
 
 def test_correction_without_a_drift_to_correct_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"correction is 1; gptq corrects no drift"):
-        QuantSpec(correction=1)
+        QuantSpec(method="gptq", correction=1)
 
 
 def test_every_setting_explains_itself() -> None:

@@ -20,7 +20,7 @@ def test_the_reported_error_is_that_of_what_a_file_holds(
     bits: int, sym: bool, static_groups: bool
 ) -> None:
     W, x = make_weights(32, 128), make_inputs(400, 128)
-    spec = QuantSpec(bits=bits, group_size=32, sym=sym, static_groups=static_groups)
+    spec = QuantSpec(method="gptq", bits=bits, group_size=32, sym=sym, static_groups=static_groups)
     solved = solve(W, statistics(x), spec)
     weight = solved.weight
     assert weight.scales_GN.dtype == torch.float16
@@ -50,7 +50,7 @@ def test_dead_inputs_are_rounded_to_nearest_and_told_of(method: str) -> None:
 def test_a_layer_without_any_input_is_rounded_to_nearest() -> None:
     W = make_weights(16, 64)
     stats = statistics(torch.zeros(10, 64, dtype=torch.float64))
-    spec = QuantSpec(group_size=32, grid="minmax", refits=0)
+    spec = QuantSpec(method="gptq", group_size=32, grid="minmax", refits=0)
     solved = solve(W, stats, spec)
     rounded = solve(W, None, QuantSpec(group_size=32, grid="minmax", method="rtn"))
     assert torch.equal(solved.dequantised(), rounded.dequantised())
@@ -64,7 +64,7 @@ def test_damping_rises_by_itself_until_a_singular_hessian_can_be_factored(
 ) -> None:
     W, x = make_weights(16, 128).to(dtype), make_inputs(20, 128).to(dtype)  # rank 20 of 128
     with caplog.at_level(logging.WARNING, logger="longwing.quant"):
-        solved = solve(W, statistics(x), QuantSpec(group_size=32, damp_percent=0))
+        solved = solve(W, statistics(x), QuantSpec(method="gptq", group_size=32, damp_percent=0))
     assert 0 < solved.damp_percent <= 0.01
     assert solved.notes == (f"damping raised from 0 to {solved.damp_percent:g}",)
     assert caplog.messages[-1].endswith(f"damping raised to {solved.damp_percent:g}")
@@ -76,7 +76,7 @@ def test_sums_that_no_inputs_can_have_are_refused() -> None:
     stats = statistics(torch.eye(32, dtype=torch.float64))
     stats.H[0, 1] = stats.H[1, 0] = 5
     with pytest.raises(CheckpointError, match="not positive definite even with 1 of its mean"):
-        solve(make_weights(8, 32), stats, QuantSpec(group_size=-1))
+        solve(make_weights(8, 32), stats, QuantSpec(method="gptq", group_size=-1))
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -127,7 +127,9 @@ def test_format_v1_gets_no_zero_point_of_zero(bits: int, method: str) -> None:
 def test_scales_stay_within_float16(scale: float) -> None:
     W, x = make_weights(16, 64) * scale, make_inputs(300, 64)
     for bits in (2, 8):
-        solved = solve(W.float(), statistics(x.float()), QuantSpec(bits=bits, group_size=32))
+        solved = solve(
+            W.float(), statistics(x.float()), QuantSpec(method="gptq", bits=bits, group_size=32)
+        )
         scales = solved.weight.scales_GN.float()
         assert torch.isfinite(scales).all()
         assert float(scales.min()) >= MIN_SCALE
@@ -140,7 +142,7 @@ def test_scales_stay_within_float16(scale: float) -> None:
 @pytest.mark.parametrize("static_groups", [True, False])
 def test_odd_sizes_are_no_trouble(in_features: int, group_size: int, static_groups: bool) -> None:
     W, x = make_weights(8, in_features).float(), make_inputs(150, in_features).float()
-    spec = QuantSpec(group_size=group_size, static_groups=static_groups, sweeps=1)
+    spec = QuantSpec(method="gptq", group_size=group_size, static_groups=static_groups, sweeps=1)
     rounded = QuantSpec(group_size=group_size, method="rtn")
     stats = statistics(x)
     solved = solve(W, stats, spec)
@@ -151,7 +153,7 @@ def test_odd_sizes_are_no_trouble(in_features: int, group_size: int, static_grou
 def test_groups_that_do_not_divide_are_refused_with_those_that_do() -> None:
     stats = Statistics(96)
     with pytest.raises(ConfigError, match="128 does not divide 96 input features; take 32 or -1"):
-        solve(torch.zeros(8, 96), stats, QuantSpec(group_size=128))
+        solve(torch.zeros(8, 96), stats, QuantSpec(method="gptq", group_size=128))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -170,8 +172,8 @@ def test_weights_beyond_float16_are_refused() -> None:
 def test_statistics_must_fit_the_method_and_the_layer() -> None:
     W = make_weights(8, 32)
     with pytest.raises(ValueError, match="gptq needs statistics"):
-        solve(W, None, QuantSpec(group_size=32))
+        solve(W, None, QuantSpec(method="gptq", group_size=32))
     with pytest.raises(ValueError, match="statistics of 64 inputs for a layer of 32"):
-        solve(W, Statistics(64), QuantSpec(group_size=32))
+        solve(W, Statistics(64), QuantSpec(method="gptq", group_size=32))
     with pytest.raises(ValueError, match="qronos needs statistics made with drift=True"):
         solve(W, Statistics(32), QuantSpec(group_size=32, method="qronos"))

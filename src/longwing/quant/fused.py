@@ -25,13 +25,20 @@ def round_columns(
     P: Tensor | None,
     out: tuple[Tensor, Tensor, Tensor],
 ) -> None:
-    """`columns._round_part` on CUDA, in float32; all (B, N) are contiguous."""
+    """`columns._round_part` on CUDA, in float32.
+
+    Raises:
+        ValueError: a tensor to be written is not contiguous.
+    """
     B, N = T.shape
+    if not all(tensor.is_contiguous() for tensor in out):
+        raise ValueError("the kernel writes to contiguous tensors only")
+    base, T, *grid_BN = (tensor.contiguous() for tensor in (base, T, *grid))
     L = L.contiguous()
     P = L if P is None else P.contiguous()
     with torch.cuda.device(T.device):
         _kernel[(triton.cdiv(N, _LANES),)](
-            *(base, T, *grid, L, P, *out),
+            *(base, T, *grid_BN, L, P, *out),
             *(B, N),
             has_P=P is not L,
             rows=triton.next_power_of_2(B),

@@ -180,7 +180,8 @@ def _targets(
     if D is None or not spec.needs_drift:
         T = W[order]
         return T, T, None
-    T = _least_squares(R, (D.T @ W)[order]).mul_(spec.correction).add_(W[order])
+    # In this order, because what a solver returns lies in memory column by column.
+    T = W[order].add_(_least_squares(R, (D.T @ W)[order]), alpha=spec.correction)
     if spec.method == "qronos":
         return T, T, None
     D = _permuted(D, order).mul_(spec.correction)

@@ -35,9 +35,10 @@ class QuantSpec:
     group_size: int = _setting(128, "input features that share a scale; -1: all of them")
     sym: bool = _setting(True, "fix the zero point at mid-range; most fast kernels need it")
     method: str = _setting(
-        "gptq",
+        "gptaq",
         "rtn: round to nearest; gptq: spread each rounding error over weights still to be rounded; "
-        "gptaq, qronos: also make up for the drift of this layer's input since full precision",
+        "gptaq: also make up for the drift of this layer's input since full precision; qronos: the "
+        "same, not yet trusted (docs/LOG.md)",
     )
     grid: str = _setting(
         "mse",
@@ -48,10 +49,10 @@ class QuantSpec:
         True, "fit all scales before rounding, so that groups stay in natural order"
     )
     refits: int = _setting(
-        1, "rounds of fitting all scales again, to the values that rounding met, and rounding anew"
+        0, "rounds of fitting all scales again, to the values that rounding met, and rounding anew"
     )
     sweeps: int = _setting(
-        2, "turns of coordinate descent at the end: each scale, then each weight, given the others"
+        0, "turns of coordinate descent at the end: each scale, then each weight, given the others"
     )
     damp_percent: float = _setting(
         0.05,
