@@ -11,18 +11,21 @@ Perplexity: exp of the mean loss over consecutive windows of 2,048 tokens, each 
 import argparse
 import json
 import math
+import multiprocessing
 import platform
 import subprocess
-import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 
-from longwing.engine.generator import Generator, load
 from longwing.errors import LongwingError
-from longwing.quant.calibration import make_calibration
+from longwing.models import load_model
+from longwing.quant.calibration import Calibration, make_calibration
 from longwing.quant.quantize import quantize
 from longwing.quant.spec import QuantSpec
 from longwing.tokenizer import Tokenizer
@@ -43,16 +46,18 @@ METHODS = {
 }
 
 
-def perplexity(generator: Generator, token_ids: list[int]) -> float:
-    """exp(mean loss) over windows of WINDOW tokens; the first token of each is not predicted."""
+@torch.inference_mode()
+def perplexity(folder: Path, device: str, token_ids: list[int]) -> float:
+    """exp(mean loss) over windows, in float32; the first token of each is not predicted."""
+    model = load_model(folder, device=device, dtype=torch.float32, unpack=True)
     loss, count = 0.0, 0
     for start in range(0, len(token_ids) - 1, WINDOW):
-        window = token_ids[start : start + WINDOW]
-        logits_TV = generator.logits(window)[:-1]
-        targets_T = torch.tensor(window[1:], device=logits_TV.device)
-        loss += float(torch.nn.functional.cross_entropy(logits_TV, targets_T, reduction="sum"))
-        count += len(window) - 1
-    return math.exp(loss / count)
+        window_T = torch.tensor(token_ids[start : start + WINDOW], device=device)
+        positions_T = torch.arange(len(window_T), device=device)
+        logits_TV = model.logits(model(window_T, positions_T))[:-1]
+        loss += float(F.cross_entropy(logits_TV, window_T[1:], reduction="sum"))
+        count += len(window_T) - 1
+    return round(math.exp(loss / count), 4)
 
 
 def machine(device: str) -> str:
@@ -61,7 +66,32 @@ def machine(device: str) -> str:
 
 
 def main() -> None:
-    """Run the grid and write one JSON object a line as results come."""
+    """Measure every combination, several at a time, and write one JSON object a line."""
+    args = arguments()
+    methods = {**METHODS, **json.loads(args.extra)}
+    jobs: list[tuple[str, dict[str, object]]] = [("dense", {})]
+    for bits in args.bits:
+        for group_size in args.group_sizes:
+            for name in args.methods:
+                spec = {"bits": bits, "group_size": group_size, **methods[name]}
+                jobs.append((name, spec))
+    deadline = time.time() + args.seconds
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    ).stdout.strip()
+    context = multiprocessing.get_context("spawn")
+    with (
+        args.out.open("a") as out,
+        context.Pool(args.jobs, prepare, (args, deadline)) as pool,
+    ):
+        for row in pool.imap_unordered(measure, jobs):
+            out.write(json.dumps({**row, "machine": machine(args.device), "commit": commit}) + "\n")
+            out.flush()
+            print(row, flush=True)
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--text", type=Path, required=True)
@@ -72,64 +102,66 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=102_400)
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--jobs", type=int, default=1, help="combinations at a time")
     parser.add_argument("--seconds", type=float, default=1e9, help="start nothing after this")
     parser.add_argument("--out", type=Path, required=True)
-    args = parser.parse_args()
-    methods = {**METHODS, **json.loads(args.extra)}
-    began = time.monotonic()
+    return parser.parse_args()
+
+
+@dataclass
+class Shared:
+    """What one process needs for all its combinations."""
+
+    args: argparse.Namespace
+    deadline: float
+    ids: list[int]
+    calibration: Calibration
+
+
+shared: list[Shared] = []
+
+
+def prepare(args: argparse.Namespace, deadline: float) -> None:
+    """Encode both texts, once a process."""
+    torch.set_num_threads(1)
     tokenizer = Tokenizer.from_folder(args.model)
     text = args.text.read_text(encoding="utf-8")
     ids: list[int] = []
     for start in range(0, len(text), 100_000):
         ids += tokenizer.encode(text[start : start + 100_000])
-    ids = ids[: args.tokens]
     calibration = make_calibration(tokenizer, num_samples=args.samples)
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
-    out = args.out.open("a")
-
-    def record(row: dict[str, object]) -> None:
-        out.write(json.dumps({**row, "machine": machine(args.device), "commit": commit}) + "\n")
-        out.flush()
-        print(row, flush=True)
-
-    record({"method": "dense", "tokens": len(ids), "perplexity": measured(args.model, args, ids)})
-    for bits in args.bits:
-        for group_size in args.group_sizes:
-            for name in args.methods:
-                if time.monotonic() - began > args.seconds:
-                    sys.exit("out of time; the rest was not begun")
-                spec = QuantSpec(bits=bits, group_size=group_size, **methods[name])
-                with tempfile.TemporaryDirectory() as base:
-                    started = time.monotonic()
-                    try:
-                        quantize(
-                            args.model, Path(base) / "out", spec, calibration, device=args.device
-                        )
-                    except LongwingError as error:
-                        record({"bits": bits, "group_size": group_size, "error": str(error)})
-                        continue
-                    seconds = time.monotonic() - started
-                    value = measured(Path(base) / "out", args, ids)
-                record(
-                    {
-                        "bits": bits,
-                        "group_size": group_size,
-                        "method": name,
-                        "perplexity": value,
-                        "quantise_s": round(seconds, 1),
-                    }
-                )
+    shared.append(Shared(args, deadline, ids[: args.tokens], calibration))
 
 
-def measured(folder: Path, args: argparse.Namespace, ids: list[int]) -> float:
-    """Perplexity of a folder, computed in float32 from dense or dequantised weights."""
-    generator = load(folder, device=args.device, dtype="float32")
-    for _, linear in generator.model.linears():
-        if linear.packed is not None:
-            linear.set_dense(linear.packed, torch.float32)
-    return round(perplexity(generator, ids), 4)
+def measure(job: tuple[str, dict[str, Any]]) -> dict[str, object]:
+    """One combination: quantise, and read the held-out text."""
+    name, settings = job
+    mine = shared[0]
+    if name == "dense":
+        value = perplexity(mine.args.model, mine.args.device, mine.ids)
+        return {"method": name, "tokens": len(mine.ids), "perplexity": value}
+    row: dict[str, object] = {"method": name, **settings}
+    if time.time() > mine.deadline:
+        return {**row, "error": "out of time; not begun"}
+    with tempfile.TemporaryDirectory() as base:
+        started = time.monotonic()
+        folder = Path(base) / "out"
+        try:
+            quantize(
+                mine.args.model,
+                folder,
+                QuantSpec(**settings),
+                mine.calibration,
+                device=mine.args.device,
+            )
+        except LongwingError as error:
+            return {**row, "error": str(error)}
+        seconds = round(time.monotonic() - started, 1)
+        return {
+            **row,
+            "perplexity": perplexity(folder, mine.args.device, mine.ids),
+            "quantise_s": seconds,
+        }
 
 
 if __name__ == "__main__":

@@ -7,9 +7,14 @@ LongwingError
 ├── RequestError           the caller of a loaded model asked for something it cannot do
 │   ├── ContextLengthError prompt + answer do not fit the context
 │   ├── SamplingError      a sampling parameter is out of its range
+│   ├── GrammarError       a grammar or schema cannot be used, or is beyond its limits
 │   └── TemplateError      the chat template refused the messages, or ran past its limits
 ├── LogitsError            the model's output allows no next token
 ├── CapacityError          there is not enough memory
+├── EngineError            an answer was begun and cannot be finished
+│   └── EngineDeadError    the engine is not running
+├── OverloadedError        there are as many requests as may wait; try again later
+├── ServerError            a server answered with an error, or not at all
 ├── CalibrationError       the calibration text cannot be read, or is too little
 ├── HubError               a download failed, or is needed while offline
 └── ConvertError           a foreign file cannot be converted
@@ -86,6 +91,10 @@ class TemplateError(RequestError):
     """The chat template refused the messages, or ran past its time or size limit."""
 
 
+class GrammarError(RequestError):
+    """A grammar or schema that an answer should conform to cannot be used."""
+
+
 class LogitsError(LongwingError):
     """No token can be drawn from a model's output: not a number, or everything ruled out.
 
@@ -101,6 +110,42 @@ class LogitsError(LongwingError):
 
 class CapacityError(LongwingError):
     """There is not enough memory: by the plan, or found out while at work."""
+
+
+class EngineError(LongwingError):
+    """An answer was begun and cannot be finished; the cause is not the request."""
+
+
+class EngineDeadError(EngineError):
+    """The engine is not running: still starting, draining, or dead."""
+
+
+class OverloadedError(LongwingError):
+    """As many requests are at work and waiting as may be.
+
+    Args:
+        message: what is full, with its limit.
+        retry_after_s: when to try again, in seconds.
+    """
+
+    def __init__(self, message: str, retry_after_s: int = 1) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class ServerError(LongwingError):
+    """A server that was asked answered with an error, or not at all.
+
+    Args:
+        message: what it said, or what failed.
+        status: the HTTP status; 0 if there was no answer.
+        kind: the server's own word for it ("validation", "overloaded", "generation"…).
+    """
+
+    def __init__(self, message: str, status: int = 0, kind: str = "") -> None:
+        super().__init__(message)
+        self.status = status
+        self.kind = kind
 
 
 class CalibrationError(LongwingError):

@@ -1,7 +1,8 @@
 """What a caller may ask of a generation, and how a generation ends. No torch.
 
-`SamplingParams` is every setting of one request; `sampler.py` gives them their meaning, `stop.py`
-watches for the stop strings, and `FinishReason` says why the text ended. A field's bounds and help
+`SamplingParams` is every setting of one answer; `sampler.py` gives them their meaning, `stop.py`
+watches for the stop strings, and `FinishReason` says why the text ended. `Request` is a prompt with
+its settings, as it goes to the engine; what comes back is in `events.py`. A field's bounds and help
 stand in its metadata, once: `__post_init__` refuses by them, and command-line options can be made
 from them. To add a setting, add a field.
 
@@ -15,7 +16,7 @@ import reprlib
 from dataclasses import Field, dataclass, field, fields
 from typing import Any
 
-from longwing.errors import SamplingError
+from longwing.errors import GrammarError, RequestError, SamplingError
 
 MAX_TOKENS = 2**31 - 1  # no context is longer; keeps every count inside 32 bits
 MAX_SEED = 2**64 - 1
@@ -157,6 +158,64 @@ class SamplingParams:
             for setting in fields(self)
             if setting.name in drawing and getattr(self, setting.name) != setting.default
         )
+
+
+GRAMMAR_KINDS = ("json_schema", "json_object", "regex", "lark")
+"""What a `Grammar` may be written in; `json_object` is any JSON object and has no source."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grammar:
+    """What an answer's text must conform to. Its limits are held where it is compiled.
+
+    Attributes:
+        kind: one of GRAMMAR_KINDS.
+        source: the schema as JSON text, the regular expression, or the Lark grammar.
+    """
+
+    kind: str
+    source: str = ""
+
+    def __post_init__(self) -> None:
+        if self.kind not in GRAMMAR_KINDS:
+            raise GrammarError(
+                f"grammar kind {_shown(self.kind)} is not one of {', '.join(GRAMMAR_KINDS)}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One prompt and what is wanted of it.
+
+    Attributes:
+        prompt_ids: the prompt, at least one token.
+        params: settings of the answer; max_new_tokens must be set.
+        grammar: what the text must conform to, if anything.
+        salt: whose prompt this is: sequences share cached pages only under the same salt.
+        include_stop: whether the stop string that ends the text is part of it (TGI: yes).
+        prompt_logprobs: report the log-probability of each prompt token, and this many of the
+            likeliest in its place; None reports nothing.
+
+    Raises:
+        RequestError: the prompt is empty, or a field is out of its bounds.
+    """
+
+    prompt_ids: tuple[int, ...]
+    params: SamplingParams
+    grammar: Grammar | None = None
+    salt: str = ""
+    include_stop: bool = False
+    prompt_logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.prompt_ids:
+            raise RequestError("the prompt is empty; give at least one token")
+        if self.params.max_new_tokens is None:
+            raise RequestError("max_new_tokens is not set; say how long the answer may be")
+        if self.prompt_logprobs is not None and not 0 <= self.prompt_logprobs <= MAX_LOGPROBS:
+            raise RequestError(
+                f"prompt_logprobs is {self.prompt_logprobs}; from 0 to {MAX_LOGPROBS} can be had"
+            )
 
 
 def _check_number(setting: Field[Any], value: object) -> None:
