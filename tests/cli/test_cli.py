@@ -18,12 +18,13 @@ from longwing.cli import chat as chat_verb
 from longwing.cli import generate as generate_verb
 from longwing.cli import pull as pull_verb
 from longwing.cli.app import app
-from longwing.cli.options import find_model, parse_rope
+from longwing.cli.options import find_model
 from longwing.demo import DEMO_NAME
 from longwing.engine.generator import Generator
 from longwing.errors import ConfigError, LogitsError
 from longwing.hub import PulledModel
 from longwing.models import ModelConfig
+from longwing.rope import parse_rope
 from models.test_config import FALCON_40B_2023, FALCON_RW_1B_2023, SMOLLM2
 from tiny import ARCHITECTURES, make_model
 

@@ -450,3 +450,52 @@ def test_logits_are_left_as_they_were():
 
 def test_no_rows_give_no_tokens():
     assert sample(torch.zeros(0, 5), []).ids == []
+
+
+# A grammar's mask
+
+
+def masked(allowed_ids, vocab_len=VOCAB_LEN, **settings):
+    state = state_with(**settings)
+    state.allowed_V = torch.zeros(vocab_len, dtype=torch.bool)
+    state.allowed_V[allowed_ids] = True
+    return state
+
+
+@pytest.mark.parametrize("settings", [{}, {"temperature": 1.0, "seed": 3}, {"presence_penalty": 1}])
+def test_only_allowed_tokens_are_chosen(settings):
+    logits_SV = random_logits(3, seed=5)
+    states = [masked([7, 900], **settings), state_with(**settings), masked([41], **settings)]
+    ids = sample(logits_SV, states).ids
+    assert ids[0] in (7, 900)
+    assert ids[1:] == [sample(logits_SV[1:2], [state_with(**settings)]).ids[0], 41]
+
+
+def test_filters_see_the_allowed_tokens_alone():
+    logits_V = torch.full((VOCAB_LEN,), 10.0)
+    logits_V[3], logits_V[4] = 1.0, 0.0
+    state = masked([3, 4], temperature=1.0, top_k=1)
+    assert kept(probabilities(logits_V, state)) == {3}
+
+
+def test_reported_logprobs_are_those_of_the_model_not_of_the_grammar():
+    logits_SV = random_logits(1, seed=6)
+    tokens = sample(logits_SV, [masked([7], logprobs=1)])
+    reference_V = logits_SV[0].double().log_softmax(-1)
+    assert tokens.logprobs[0] == pytest.approx(float(reference_V[7]), abs=1e-5)
+    assert tokens.top_logprobs[0][0][0] == int(reference_V.argmax())
+
+
+def test_too_early_end_is_chosen_where_the_grammar_allows_nothing_else():
+    settings = {"min_new_tokens": 5, "eos_token_ids": [9]}
+    logits_SV = random_logits(1, seed=7)
+    assert sample(logits_SV, [masked([9], **settings)]).ids == [9]
+    assert sample(logits_SV, [masked([9, 12], **settings)]).ids == [12]
+
+
+def test_mask_that_allows_nothing_or_is_of_another_width_is_refused():
+    logits_SV = random_logits(1, seed=8)
+    with pytest.raises(LogitsError, match="ruled out"):
+        sample(logits_SV, [masked([])])
+    with pytest.raises(RequestError, match="allowed_V has shape"):
+        sample(logits_SV, [masked([1], vocab_len=VOCAB_LEN + 1)])

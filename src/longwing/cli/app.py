@@ -20,6 +20,7 @@ from longwing.cli.inspect import inspect
 from longwing.cli.plan import plan
 from longwing.cli.pull import pull
 from longwing.cli.quantize import quantize
+from longwing.cli.serve import serve
 from longwing.cli.verify import verify
 from longwing.errors import LongwingError
 
@@ -58,7 +59,7 @@ def _options(
     )
 
 
-for verb in (generate, chat, inspect, plan, quantize, verify, convert, pull):
+for verb in (generate, chat, serve, inspect, plan, quantize, verify, convert, pull):
     app.command()(verb)
 
 

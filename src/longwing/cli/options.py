@@ -20,7 +20,7 @@ from longwing.errors import ConfigError, RequestError
 from longwing.hub import find
 from longwing.models import DTYPES
 from longwing.plan import parse_context, parse_size
-from longwing.rope import METHODS, RopeConfig
+from longwing.rope import check_rope
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -59,15 +59,22 @@ class LoadOptions:
         if self.context is not None:
             parse_context(self.context)
         if self.rope is not None:
-            _rope_words(self.rope)
+            check_rope(self.rope)
 
 
-def filled_by(settings: type[Any], panel: str) -> Callable[[Callable[P, R]], Callable[..., R]]:
-    """Add an option for every field of a dataclass; the function gets the object as one argument.
+def filled_by(
+    settings: type[Any], panel: str, *, variables: Callable[[str], list[str]] | None = None
+) -> Callable[[Callable[P, R]], Callable[..., R]]:
+    """Add options for a dataclass's fields; the function gets the object as one argument.
 
-    `panel` is the heading they get in --help. The argument's name is the function's own: whichever
-    parameter is annotated with the dataclass.
-    Sets become repeatable options, like tuples.
+    The argument's name is the function's own: whichever parameter is annotated with the dataclass.
+    Fields without a help text get no option. Sets become repeatable options, like tuples. A field's
+    metadata may hide it ("hidden").
+
+    Args:
+        settings: the dataclass.
+        panel: the heading its options get in --help.
+        variables: the environment variables that give a field's option its default.
     """
 
     def decorate(function: Callable[P, R]) -> Callable[..., R]:
@@ -75,7 +82,8 @@ def filled_by(settings: type[Any], panel: str) -> Callable[[Callable[P, R]], Cal
         hints = get_type_hints(function, include_extras=True)
         (target,) = (name for name, hint in hints.items() if hint is settings)
         types = get_type_hints(settings)
-        made = [_option(item, types[item.name], panel) for item in fields(settings)]
+        shown = [item for item in fields(settings) if "help" in item.metadata]
+        made = [_option(item, types[item.name], panel, variables) for item in shown]
         own = [
             parameter.replace(annotation=hints[name])
             for name, parameter in signature.parameters.items()
@@ -84,7 +92,7 @@ def filled_by(settings: type[Any], panel: str) -> Callable[[Callable[P, R]], Cal
 
         @functools.wraps(function)
         def verb(*args: Any, **kwargs: Any) -> R:
-            values = {item.name: kwargs.pop(item.name) for item in fields(settings)}
+            values = {item.name: kwargs.pop(item.name) for item in shown}
             collected = {name: _collect(value, types[name]) for name, value in values.items()}
             try:
                 filled = settings(**collected)
@@ -100,17 +108,24 @@ def filled_by(settings: type[Any], panel: str) -> Callable[[Callable[P, R]], Cal
     return decorate
 
 
-def _option(item: Any, kind: Any, panel: str) -> inspect.Parameter:
+def _option(
+    item: Any, kind: Any, panel: str, variables: Callable[[str], list[str]] | None
+) -> inspect.Parameter:
     """One keyword parameter for one field."""
     default = item.default if item.default is not MISSING else None
     if get_origin(kind) in (tuple, frozenset):
         kind, default = list[get_args(kind)[0]], []  # type: ignore[misc]
-    names = [f"--{item.name.replace('_', '-')}"]
-    help_text = item.metadata.get("help", "")
+    flag = item.name.replace("_", "-")
     annotation = Annotated[
         kind,
         typer.Option(
-            *names, help=help_text, show_default=default is not None, rich_help_panel=panel
+            f"--{flag}/--no-{flag}" if default is True else f"--{flag}",
+            help=item.metadata["help"],
+            show_default=default is not None,
+            rich_help_panel=panel,
+            envvar=variables(item.name) if variables else None,
+            show_envvar=False,
+            hidden=item.metadata.get("hidden", False),
         ),
     ]
     return inspect.Parameter(
@@ -167,46 +182,3 @@ def size(text: str) -> int:
         return parse_size(text)
     except RequestError as error:
         raise typer.BadParameter(str(error)) from error
-
-
-def parse_rope(text: str, base: RopeConfig | None) -> RopeConfig:
-    """RoPE settings from `METHOD[,name=value…]` over a model's own head size and trained length.
-
-    A bare `theta=1e6` keeps the method.
-
-    Raises:
-        ConfigError: an unknown method or name, or a value that is not a number.
-    """
-    if base is None:
-        raise ConfigError(f'RoPE settings "{text}" were given, but this model uses ALiBi')
-    method, changes = _rope_words(text)
-    method = method or base.method
-    own = base.to_hf() if method == base.method else {}
-    settings: dict[str, object] = {
-        "rope_type": method,
-        "rope_theta": base.theta,
-        "original_max_position_embeddings": base.trained_len,
-        **own.get("rope_parameters", {}),
-        **changes,
-    }
-    max_position = own.get("max_position_embeddings", base.trained_len)
-    return RopeConfig.from_hf(
-        {"rope_parameters": settings}, head_dim=base.head_dim, max_position=max_position
-    )
-
-
-def _rope_words(text: str) -> tuple[str | None, dict[str, float]]:
-    """The method, None if not named, and the settings; what can be refused without a model is."""
-    words = [word.strip() for word in text.split(",")]
-    method = None if "=" in words[0] else words.pop(0)
-    if method is not None and method not in METHODS:
-        raise ConfigError(f'RoPE method "{method}" is not one of {", ".join(METHODS)}')
-    settings: dict[str, float] = {}
-    for word in words:
-        name, _, value = word.partition("=")
-        name = "rope_theta" if name == "theta" else name
-        try:
-            settings[name] = int(value) if value.isdecimal() else float(value)
-        except ValueError:
-            raise ConfigError(f'RoPE setting "{word}" is not name=number') from None
-    return method, settings

@@ -9,22 +9,22 @@ Shape key: T new tokens of a step, P pages, B slots in a page, K KV heads, H hea
 
 import operator
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from longwing.checkpoint import Checkpoint
+from longwing.engine.folder import ModelFolder
 from longwing.engine.request import FinishReason, SamplingParams
 from longwing.engine.sampler import SamplingState, sample
-from longwing.engine.stop import StopStrings
+from longwing.engine.transcript import Transcript
 from longwing.errors import ContextLengthError, RequestError, SamplingError
 from longwing.kernels import AttentionInputs, KVPages
-from longwing.models import DTYPES, Decoder, ModelConfig, end_ids, find_device, load_model
+from longwing.models import DTYPES, Decoder, find_device, load_model
 from longwing.models.memory import out_of_memory
-from longwing.plan import PREFILL_CHUNK, RUNTIME_BYTES, plan, require_fit
+from longwing.plan import PREFILL_CHUNK, RUNTIME_BYTES, require_fit
 from longwing.rope import RopeConfig
 from longwing.tokenizer import Tokenizer
 
@@ -172,22 +172,25 @@ class Generator:
     ) -> Iterator[Chunk]:
         started = time.perf_counter()
         state = SamplingState(params, prompt_ids, eos_token_ids=self._end_ids)
-        answer = _Answer(self.tokenizer, params, self._end_ids, max_new)
+        answer = Transcript(self.tokenizer, params, end_ids=self._end_ids, max_new=max_new)
+        tokens = []
         with out_of_memory(f"reading a prompt of {len(prompt_ids)} tokens"):
             sequence = _Sequence(self.model, len(prompt_ids), max_new)
             token = _choose(sequence.prefill(prompt_ids, progress), state)
-        text = answer.push(token)
+        tokens.append(token)
+        text = answer.push(token.id).text
         prefill_s, decode_s = time.perf_counter() - started, 0.0
         while answer.finish_reason is None:
             yield Chunk(text=text, token=token)
             started = time.perf_counter()  # the reader's time between two tokens is not ours
             with out_of_memory(f"generating after {sequence.len} tokens"):
                 token = _choose(sequence.step(token.id), state)
-            text = answer.push(token)
+            tokens.append(token)
+            text = answer.push(token.id).text
             decode_s += time.perf_counter() - started
         completion = Completion(
-            text="".join(answer.texts),
-            tokens=tuple(answer.tokens),
+            text=answer.text,
+            tokens=tuple(tokens),
             finish_reason=answer.finish_reason,
             prompt_len=len(prompt_ids),
             seed=state.seed,
@@ -262,44 +265,6 @@ def _choose(logits_V: Tensor, state: SamplingState) -> Token:
     )
 
 
-class _Answer:
-    """The answer as it grows: its tokens, its text, and whether it has ended."""
-
-    def __init__(
-        self, tokenizer: Tokenizer, params: SamplingParams, end_ids: Set[int], max_new: int
-    ) -> None:
-        self.tokens: list[Token] = []
-        self.texts: list[str] = []
-        self.finish_reason: FinishReason | None = None
-        self._pieces = tokenizer.stream()
-        self._stop = StopStrings(params.stop)
-        self._max_new = max_new
-        self._stop_ids = params.stop_token_ids
-        self._end_ids = frozenset() if params.ignore_eos else frozenset(end_ids)
-
-    def push(self, token: Token) -> str:
-        """Add a token; returns the text that can be shown now."""
-        self.tokens.append(token)
-        self.finish_reason = self._ends_at(token)
-        is_end = self.finish_reason in (FinishReason.EOS_TOKEN, FinishReason.STOP_SEQUENCE)
-        text, stopped = self._stop.push("" if is_end else self._pieces.push(token.id))
-        if self.finish_reason is not None and not stopped:
-            last, stopped = self._stop.push(self._pieces.flush())
-            text += last + ("" if stopped else self._stop.flush())
-        if stopped:
-            self.finish_reason = FinishReason.STOP_SEQUENCE
-        self.texts.append(text)
-        return text
-
-    def _ends_at(self, token: Token) -> FinishReason | None:
-        """Why this token ends the answer, if it does. An end token is not part of the text."""
-        if token.id in self._stop_ids:
-            return FinishReason.STOP_SEQUENCE
-        if token.id in self._end_ids:
-            return FinishReason.EOS_TOKEN
-        return FinishReason.LENGTH if len(self.tokens) == self._max_new else None
-
-
 class _Sequence:
     """One sequence's pages and position, and the forward passes that fill them."""
 
@@ -363,7 +328,7 @@ def load(
     device: str = "auto",
     dtype: str = "auto",
     context: int | None = None,
-    rope: RopeConfig | None = None,
+    rope: RopeConfig | str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Generator:
     """Load a model folder, ready to generate.
@@ -374,7 +339,7 @@ def load(
         dtype: "auto" (the checkpoint's own on a GPU, float32 on a CPU), "float32", "float16",
             "bfloat16".
         context: longest prompt and answer together, in tokens; None is what the model claims.
-        rope: RoPE settings in place of the model's own.
+        rope: RoPE settings in place of the model's own, or words for them: "dynamic,factor=4".
         progress: called with (bytes read, bytes in all).
 
     Raises:
@@ -383,32 +348,22 @@ def load(
     if dtype != "auto" and dtype not in DTYPES:
         raise RequestError(f'dtype "{dtype}" is not one of auto, {", ".join(DTYPES)}')
     where = find_device(device)
-    # Settings and tokenizer before gigabytes of weights: a folder at fault is refused at once.
-    checkpoint = Checkpoint.open(path)
-    config = ModelConfig.from_hf(checkpoint.config)
-    tokenizer = Tokenizer.from_folder(
-        Path(path), eos_ids=end_ids(checkpoint.generation_config, config.vocab_size)
-    )
+    folder = ModelFolder.open(path, rope)
     if where.type == "cuda":
-        _require_room(Path(path), checkpoint, config, where, dtype, context)
+        _require_room(folder, where, dtype, context)
     model = load_model(
         Path(path),
         device=where,
         dtype=DTYPES.get(dtype),
         context=context,
-        rope=rope,
+        rope=None if rope is None else folder.config.rope,
         progress=progress,
     )
-    return Generator(model, tokenizer)
+    return Generator(model, folder.tokenizer)
 
 
 def _require_room(
-    path: Path,
-    checkpoint: Checkpoint,
-    config: ModelConfig,
-    device: torch.device,
-    dtype: str,
-    context: int | None,
+    folder: ModelFolder, device: torch.device, dtype: str, context: int | None
 ) -> None:
     """Refuse a model that a GPU cannot hold before reading gigabytes of it.
 
@@ -418,17 +373,8 @@ def _require_room(
     Raises:
         CapacityError: it does not fit; says by how much, and what would.
     """
-    quant = checkpoint.quant
-    if quant is not None and (quant.overrides or quant.lm_head):
-        return  # not planned; running out is told when it happens
     free, _ = torch.cuda.mem_get_info(device)
-    word = config.dtype if dtype == "auto" else dtype
-    planned = plan(
-        config,
-        quant=quant,
-        context=context or 1,
-        dtype=word if word in DTYPES else "bfloat16",
-        memory=free + RUNTIME_BYTES,  # the free bytes are those beside a running process
-        name=path.name,
-    )
-    require_fit(planned)
+    # The free bytes are those beside a running process.
+    planned = folder.plan(context=context or 1, dtype=dtype, memory=free + RUNTIME_BYTES)
+    if planned is not None:
+        require_fit(planned)

@@ -2,11 +2,12 @@
 
 Shapes: `V` vocabulary, `S` sequences of the batch, `R` the rows a step is about, `C` candidates.
 
-Settings act in this order, each on what the one before left: repetition penalty; frequency and
-presence penalty; no ending before min_new_tokens; temperature; top_k; top_p; min_p; typical_p.
-That is transformers' order, and TGI's as far as TGI has them. A filter looks at probabilities
-alone, so tokens of equal probability stay or go together, and no tie depends on a sort. Greedy
-takes the highest penalised logit, of equals the lowest id.
+Settings act in this order, each on what the one before left: the grammar; repetition penalty;
+frequency and presence penalty; no ending before min_new_tokens, unless the grammar allows nothing
+else; temperature; top_k; top_p; min_p; typical_p. That is transformers' order, and TGI's as far as
+TGI has them. A filter looks at probabilities alone, so tokens of equal probability stay or go
+together, and no tie depends on a sort. Greedy takes the highest penalised logit, of equals the
+lowest id.
 
 The one idea: **a probability is held as a whole number**. A sum of floats depends on its order, and
 the order on batch size, alignment and device; on CUDA a cumulative sum differs from run to run. So
@@ -50,8 +51,9 @@ _ROWS_AT_ONCE = 32  # bounds memory, at some 40 bytes a row and token; moves no 
 class SampledTokens:
     """One token for each row, in the order of the rows.
 
-    Log-probabilities are those of the model: log-softmax of the raw logits, before penalties,
-    temperature and filters, as OpenAI-style servers report them. (TGI reports them after.)
+    Log-probabilities are those of the model: log-softmax of the raw logits, before grammar,
+    penalties, temperature and filters, as OpenAI-style servers report them. (TGI reports them
+    after.)
 
     Attributes:
         ids: the tokens.
@@ -78,6 +80,8 @@ class SamplingState:
     Attributes:
         seed: params.seed, or one chosen at random: report it, and the text can be had again.
         num_generated: tokens accepted so far, so the index of the next one.
+        allowed_V: (V,) bool, on any device: the tokens that may come next; None allows all. Whoever
+            follows a grammar sets it before each token.
     """
 
     def __init__(
@@ -90,6 +94,7 @@ class SamplingState:
         self.params = params
         self.seed = secrets.randbits(64) if params.seed is None else params.seed
         self.num_generated = 0
+        self.allowed_V: Tensor | None = None
         self._ending_ids = sorted({*eos_token_ids, *params.stop_token_ids})
         self._prompt_ids = list(prompt_ids) if params.has_penalties else []
         self._uncounted_ids: list[int] = []  # accepted, but not yet in _count_V
@@ -173,6 +178,28 @@ def sample(logits_SV: Tensor, states: Sequence[SamplingState]) -> SampledTokens:
     return SampledTokens(ids=id_S.tolist(), logprobs=logprobs, top_logprobs=top_logprobs)
 
 
+def prompt_logprobs(
+    logits_RV: Tensor, id_R: Sequence[int], num_top: int
+) -> list[tuple[float, list[TokenLogprob]]]:
+    """How likely given tokens were: for each row its token's log-probability, and the likeliest.
+
+    Args:
+        logits_RV: (R, V) logits, any float type.
+        id_R: the token that did come after each row.
+        num_top: how many of the likeliest tokens to tell; 0 for none.
+
+    Raises:
+        LogitsError: a row's logits hold nan or +inf.
+    """
+    logits_RV = logits_RV.detach().float()
+    max_R = logits_RV.amax(dim=-1)
+    _check_usable(max_R, range(len(id_R)))
+    ids = torch.tensor(id_R, dtype=torch.long, device=logits_RV.device)
+    return [
+        (own, top[:num_top]) for own, top in _logprobs(logits_RV, max_R, ids, [num_top] * len(id_R))
+    ]
+
+
 def probabilities(logits_V: Tensor, state: SamplingState) -> Tensor:
     """The distribution `sample` draws from, after all penalties and filters: (V,) float32, sum 1.
 
@@ -198,7 +225,13 @@ def draw(probs_V: Tensor, u: float) -> int:
 
 
 def adjusted(logits_RV: Tensor, states: Sequence[SamplingState]) -> Tensor:
-    """Float32 logits (R, V) after penalties, with -inf for forbidden tokens; never in place."""
+    """Float32 logits (R, V) after penalties, with -inf for forbidden tokens; never in place.
+
+    Raises:
+        RequestError: an `allowed_V` is not of the logits' width.
+    """
+    if any(state.allowed_V is not None for state in states):
+        logits_RV = logits_RV.masked_fill(~_allowed(states, logits_RV), -math.inf)
     rows = [row for row, state in enumerate(states) if state.params.has_penalties]
     if rows:
         logits_RV = logits_RV.index_put(
@@ -207,9 +240,26 @@ def adjusted(logits_RV: Tensor, states: Sequence[SamplingState]) -> Tensor:
         )
     for row, state in enumerate(states):
         if forbidden := [i for i in state.forbidden_ids if i < logits_RV.shape[1]]:
-            logits_RV = logits_RV.clone()
-            logits_RV[row, forbidden] = -math.inf
+            rest_V = logits_RV[row].index_fill(
+                0, torch.tensor(forbidden, device=logits_RV.device), -math.inf
+            )
+            if state.allowed_V is None or bool((rest_V > -math.inf).any()):
+                logits_RV = logits_RV.clone()
+                logits_RV[row] = rest_V
     return logits_RV
+
+
+def _allowed(states: Sequence[SamplingState], logits_RV: Tensor) -> Tensor:
+    """(R, V) bool: what the rows' grammars allow."""
+    vocab_len = logits_RV.shape[1]
+    everything_V = torch.ones(vocab_len, dtype=torch.bool)
+    masks = [everything_V if state.allowed_V is None else state.allowed_V for state in states]
+    for mask_V in masks:
+        if mask_V.shape != (vocab_len,):
+            raise RequestError(
+                f"allowed_V has shape {tuple(mask_V.shape)}, the logits have {vocab_len} tokens"
+            )
+    return torch.stack([mask_V.to(logits_RV.device) for mask_V in masks])
 
 
 def _penalised(logits_RV: Tensor, states: Sequence[SamplingState]) -> Tensor:
@@ -375,7 +425,12 @@ def _highest(logits_RV: Tensor, nums: Sequence[int]) -> list[list[tuple[int, flo
 
 def _needs_more_than_max(state: SamplingState) -> bool:
     params = state.params
-    return not params.is_greedy or params.has_penalties or bool(state.forbidden_ids)
+    return (
+        not params.is_greedy
+        or params.has_penalties
+        or state.allowed_V is not None
+        or bool(state.forbidden_ids)
+    )
 
 
 def _check_usable(max_R: Tensor, rows: Sequence[int]) -> None:

@@ -1,4 +1,4 @@
-"""What an engine is, and how it is doing: plain numbers for /info, /metrics and the log. No torch."""
+"""What an engine is, and how it is doing: numbers for /info, /metrics and the log. No torch."""
 
 from dataclasses import dataclass
 

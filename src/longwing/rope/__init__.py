@@ -1,4 +1,5 @@
-"""Rotary positions: settings (`config`), frequencies (`methods`), lengths and tables (`tables`).
+"""Rotary positions: settings (`config`), frequencies (`methods`), lengths and tables (`tables`),
+and how people type them (`words`).
 
 Left to others: rotating queries and keys with a table (`kernels`), and deciding how much context to
 serve (`engine`).
@@ -13,14 +14,17 @@ shares cached keys between sequences compares (RopeConfig, rung); both can be ha
 from longwing.rope.config import MEANING, RopeConfig
 from longwing.rope.methods import METHODS, frequencies
 from longwing.rope.tables import RotaryTables, explain, ladder, rung_for
+from longwing.rope.words import check_rope, parse_rope
 
 __all__ = [
     "MEANING",
     "METHODS",
     "RopeConfig",
     "RotaryTables",
+    "check_rope",
     "explain",
     "frequencies",
     "ladder",
+    "parse_rope",
     "rung_for",
 ]

@@ -1,0 +1,162 @@
+"""`longwing serve`: a model behind TGI's HTTP API and OpenAI's.
+
+The model lives in a process of its own; this one answers HTTP. Its arguments are ours and those of
+text-generation-launcher, by flag or environment variable, so that a script written for that one
+works unchanged.
+"""
+
+import logging
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from longwing.cli.console import note, print_rows, progress, warn
+from longwing.cli.launcher import LauncherFlags, variables
+from longwing.cli.options import LoadOptions, filled_by, find_model, size
+from longwing.demo import DEMO_NAME
+from longwing.engine.folder import ModelFolder
+from longwing.engine.options import EngineOptions
+from longwing.engine.service import EngineService, engine_process
+from longwing.engine.status import EngineInfo
+from longwing.errors import EngineError, HubError
+from longwing.hub import pull
+from longwing.plan import format_size, parse_context
+from longwing.server.access_log import log_to
+from longwing.server.app import serving_for
+from longwing.server.options import ServerOptions
+from longwing.server.run import run
+from longwing.server.serving import Serving
+
+_log = logging.getLogger(__name__)
+
+
+@filled_by(LauncherFlags, "As text-generation-launcher", variables=variables)
+@filled_by(EngineOptions, "Engine", variables=variables)
+@filled_by(LoadOptions, "Loading", variables=variables)
+@filled_by(ServerOptions, "Server", variables=variables)
+def serve(
+    *,
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            help="A model folder, or owner/name, which is pulled at need. Without it: the small "
+            "demo model."
+        ),
+    ] = None,
+    memory: Annotated[
+        int | None,
+        typer.Option(
+            "--memory",
+            parser=size,
+            metavar="SIZE",
+            envvar="LONGWING_MEMORY",
+            help="Most the engine may use, weights included, e.g. 24GiB. Unset: what is free.",
+            rich_help_panel="Engine",
+        ),
+    ] = None,
+    load: LoadOptions,
+    engine: EngineOptions,
+    server: ServerOptions,
+    launcher: LauncherFlags,
+) -> None:
+    """Serve a model over HTTP: TGI's routes, and OpenAI's under /v1.
+
+    Listens on this machine only, unless --host says otherwise. Every option can be given in the
+    environment: as LONGWING_PORT, or as text-generation-launcher calls it (PORT, MODEL_ID…).
+
+    Ask it: longwing ask "Why is the sky blue?"
+    """
+    log_to()
+    for flag, why in launcher.without_effect:
+        warn(f"{flag} has no effect: {why}")
+    load, server = launcher.load(load), launcher.server(server)
+    name = model or launcher.model_id or DEMO_NAME
+    folder = _folder(name, launcher.revision)
+    _check_folder(folder, load)
+    options = replace(
+        launcher.engine(engine),
+        device=load.device,
+        dtype=load.dtype,
+        context=_context(load, server),
+        rope=load.rope,
+        memory=memory,
+    )
+    if server.host not in ("127.0.0.1", "localhost", "::1") and not server.api_keys:
+        warn(f"anyone who can reach {server.host} may ask; --api-keys restricts it")
+    run(
+        server,
+        lambda: _open(folder, name, options, server),
+        announce=lambda url: note(f"serving {name} at {url}"),
+    )
+
+
+async def _open(folder: Path, name: str, options: EngineOptions, server: ServerOptions) -> Serving:
+    """Start the engine, show how far it is, and say what it came to."""
+    level = logging.getLevelName(logging.getLogger().getEffectiveLevel())
+    service = EngineService(
+        engine_process(folder, options, log_level=level),
+        max_requests=server.max_concurrent_requests,
+    )
+    with ExitStack() as stack:
+        service.on_loading.append(
+            stack.enter_context(progress(f"loading {folder.name}", in_bytes=True))
+        )
+        await service.start()
+    if service.info is None:
+        raise EngineError("the engine started without saying what it is")
+    serving = serving_for(service, ModelFolder.open(folder).tokenizer, server, model_id=name)
+    _show(service.info, serving)
+    return serving
+
+
+def _show(info: EngineInfo, serving: Serving) -> None:
+    """What is served, before the first request."""
+    held = info.num_pages * info.page_len
+    print_rows(
+        serving.model_id,
+        [
+            ("weights", f"{format_size(info.weight_bytes)}, {info.quantization}, {info.dtype}"),
+            ("device", f"{info.device} {info.device_name}".strip()),
+            (
+                "KV cache",
+                f"{format_size(info.kv_bytes)}, {info.num_pages:,} pages of {info.page_len} = "
+                f"{held:,} tokens in {info.kv_dtype}",
+            ),
+            ("context", f"{info.context:,} tokens, RoPE {info.rope_method}"),
+            (
+                "limits",
+                f"prompt {serving.max_input_len:,}, with answer {serving.max_total_len:,} tokens; "
+                f"{serving.options.max_concurrent_requests} requests",
+            ),
+        ],
+    )
+
+
+def _folder(name: str, revision: str | None) -> Path:
+    """The model's folder; a name that was never pulled is pulled now."""
+    try:
+        return find_model(name if revision is None or Path(name).is_dir() else f"{name}@{revision}")
+    except HubError:
+        if Path(name).exists() or name.count("/") != 1:
+            raise
+    with progress(f"pulling {name}", in_bytes=True) as advance:
+        pulled = pull(
+            name, revision=revision, progress=lambda done, total, _file: advance(done, total)
+        )
+    note(f"pulled {pulled.repo} at {pulled.revision}, owner {pulled.owner}")
+    return pulled.path
+
+
+def _check_folder(folder: Path, load: LoadOptions) -> None:
+    """Refuse a folder at fault now, in this process, rather than after starting another."""
+    config = ModelFolder.open(folder, load.rope).config
+    if config.unknown:
+        _log.warning("config.json has fields longwing does not know: %s", ", ".join(config.unknown))
+
+
+def _context(load: LoadOptions, server: ServerOptions) -> int | None:
+    """What to set up for: --context, else the total that was asked for."""
+    return server.max_total_tokens if load.context is None else parse_context(load.context)

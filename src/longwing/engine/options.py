@@ -1,0 +1,78 @@
+"""`EngineOptions`: how a model is loaded and served by the batching engine. No torch.
+
+Plain values only, so that they can be sent to the process that obeys them.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from longwing.errors import RequestError
+
+KV_DTYPES = ("auto", "float32", "float16", "bfloat16", "int8")
+"""Number types of cached keys and values; auto is the activations' own."""
+
+LONGEST = 2**30
+
+
+def _whole(default: int | None, low: int, high: int, help_text: str) -> Any:
+    return field(default=default, metadata={"help": help_text, "low": low, "high": high})
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """Settings of an engine, checked when made.
+
+    Attributes:
+        device: "auto", "cpu", "cuda" or "cuda:N".
+        dtype: "auto", "float32", "float16" or "bfloat16", of activations and dense weights.
+        context: longest prompt and answer together, in tokens; None is what the model claims, or
+            what the memory holds if that is less.
+        rope: RoPE settings in place of the model's, as `--rope` takes them.
+        memory: bytes the engine may use on its device, weights included; None is what there is.
+
+    Raises:
+        RequestError: a value is out of its range.
+    """
+
+    device: str = "auto"
+    dtype: str = "auto"
+    context: int | None = None
+    rope: str | None = None
+    memory: int | None = None
+    kv_dtype: str = field(
+        default="auto",
+        metadata={
+            "help": f"Number type of cached keys and values: {', '.join(KV_DTYPES)}; "
+            "auto: the activations' own."
+        },
+    )
+    page_len: int = _whole(32, 1, 4096, "Tokens in a page of the KV cache.")
+    num_pages: int | None = _whole(
+        None, 1, LONGEST, "Pages of the KV cache; unset: as many as the memory holds."
+    )
+    prefix_cache: bool = field(
+        default=True, metadata={"help": "Keep the keys and values of prompts that may come again."}
+    )
+    max_sequences: int = _whole(64, 1, 4096, "Sequences in one step at most.")
+    max_batch_tokens: int | None = _whole(
+        None, 1, 2**20, "Tokens in one step at most: a longer prompt is read in chunks of it. "
+        "Unset: 2048 on a GPU, 256 on a CPU."
+    )  # fmt: skip
+    max_waiting: int = _whole(1024, 1, 2**20, "Sequences that may wait for their turn.")
+    max_draft: int = _whole(
+        8, 0, 64, "Tokens guessed ahead from the text so far and checked in one step; 0: off."
+    )
+    draft_sequences: int = _whole(
+        4, 0, 4096, "Guess ahead only while at most so many sequences are at work."
+    )
+
+    def __post_init__(self) -> None:
+        for name, setting in self.__dataclass_fields__.items():
+            value = getattr(self, name)
+            if "low" not in setting.metadata or (value is None and setting.default is None):
+                continue
+            low, high = setting.metadata["low"], setting.metadata["high"]
+            if type(value) is not int or not low <= value <= high:
+                raise RequestError(f"{name} must be from {low} to {high}, is {value!r}")
+        if self.kv_dtype not in KV_DTYPES:
+            raise RequestError(f'kv_dtype "{self.kv_dtype}" is not one of {", ".join(KV_DTYPES)}')

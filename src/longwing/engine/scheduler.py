@@ -1,0 +1,531 @@
+"""Who runs next: turns sequences into steps of bounded size. Knows numbers only. No torch.
+
+`schedule` says what to run, the engine runs it, `commit` says what came of it, and `finish` ends a
+sequence at any time. A step decodes first: a token for every sequence whose prompt has been read,
+with drafts where few run. What is left of its budget reads prompts, in chunks.
+
+The one idea: age decides. Sequences are numbered as they come; whoever waits is let in by age, and
+when pages run out it is the newest at work that gives up its own and begins again later
+(recomputation; what was published can mostly be found again). So the oldest at work always gets
+on, everything before a sequence ends some day, and nobody starves.
+
+Two things are out of order, each with a bound. While an old sequence waits for pages, smaller ones
+may pass, but only a few. And a sequence waits while another is reading the beginning that both
+share, to find it in the cache instead of reading it too.
+"""
+
+import enum
+from bisect import insort
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields
+
+from longwing.engine.cache import CacheKey, PageCache
+from longwing.engine.lookup import PromptLookup
+from longwing.engine.status import EngineStats
+from longwing.errors import CapacityError, ConfigError, EngineError, OverloadedError, RequestError
+
+_MAX_OVERTAKEN = 8
+"""Smaller sequences that may pass one that waits for pages."""
+
+_ANSWER_ROOM = 512
+"""Tokens of an answer for which cached pages are evicted at the start, so that they lie in a row;
+a longer answer takes what there is when it gets there."""
+
+_INDEX_STEP = 1024
+"""Tokens a sequence's lookup index may grow in a step: about a millisecond."""
+
+
+def _limit(default: int, low: int, help_text: str) -> int:
+    number: int = field(default=default, metadata={"help": help_text, "low": low})
+    return number
+
+
+@dataclass(frozen=True, kw_only=True)
+class SchedulerOptions:
+    """The limits of a step and of the queue.
+
+    Raises:
+        ConfigError: a number is below its least.
+    """
+
+    max_batch_tokens: int = _limit(512, 1, "tokens in one step at most")
+    max_sequences: int = _limit(
+        64, 1, "sequences at work at most; each takes a token of a step, so never more than those"
+    )
+    max_waiting: int = _limit(128, 0, "sequences that may wait; more are refused")
+    max_draft: int = _limit(8, 0, "tokens guessed ahead by prompt lookup; 0: off")
+    draft_sequences: int = _limit(4, 0, "guess ahead only while at most so many are at work")
+
+    def __post_init__(self) -> None:
+        for option in fields(self):
+            value, low = getattr(self, option.name), option.metadata["low"]
+            if not isinstance(value, int) or isinstance(value, bool) or value < low:
+                raise ConfigError(f"{option.name} is {value!r}; it must be {low} or more")
+
+
+class _State(enum.Enum):
+    NEW = enum.auto()
+    WAITING = enum.auto()
+    RUNNING = enum.auto()
+    FINISHED = enum.auto()
+
+
+class Sequence:
+    """A text as it is read and written. Only the scheduler changes it; equal only to itself.
+
+    Args:
+        id: for messages.
+        prompt_ids: the prompt, at least one token.
+        max_len: tokens of prompt and answer at most.
+        key: what must be equal, besides the tokens, to share pages.
+        can_share: whether pages may be taken from the prefix cache and left there; not if every
+            prompt token must be computed (for its log-probability).
+        can_draft: whether tokens may be guessed ahead.
+
+    Attributes:
+        tokens: the prompt and what was accepted since.
+        prompt_len: how many of them are the prompt.
+        pages: the page table. A new list after a preemption and when finished.
+        num_computed: tokens, from the first, whose keys and values lie in the pages.
+        cached_len: prompt tokens found in the prefix cache at the first start.
+        num_preemptions: how often it lost its pages.
+    """
+
+    def __init__(
+        self,
+        *,
+        id: str,
+        prompt_ids: Iterable[int],
+        max_len: int,
+        key: CacheKey,
+        can_share: bool = True,
+        can_draft: bool = True,
+    ) -> None:
+        self.id = id
+        self.tokens = list(prompt_ids)
+        self.prompt_len = len(self.tokens)
+        self.max_len = max_len
+        self.key = key
+        self.can_share = can_share
+        self.can_draft = can_draft
+        self.pages: list[int] = []
+        self.num_computed = 0
+        self.cached_len = 0
+        self.num_preemptions = 0
+        self._state = _State.NEW
+        self._age = 0  # its number in the order of arrival
+        self._has_started = False
+        self._num_published = 0  # full pages offered to the prefix cache in this life
+        self._num_overtaken = 0
+        self._needs_free = 0  # when last refused, so many pages had to be free
+        self._read_in = -1  # the last step in which it read, or was let in
+        self._reader: Sequence | None = None  # another, seen reading the beginning they share…
+        self._common_len = 0  # …of which so many tokens are known to be equal
+        self._lookup: PromptLookup | None = None
+
+    def __repr__(self) -> str:
+        return f"<Sequence {self.id}: {self.num_computed} of {len(self.tokens)} tokens computed>"
+
+    @property
+    def num_left(self) -> int:
+        """Known tokens to be computed yet; 1 while decoding."""
+        return len(self.tokens) - self.num_computed
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What one sequence does in one step.
+
+    Attributes:
+        sequence: whose work it is.
+        start: position of the first token; the context before it lies in the sequence's pages.
+        token_ids: what to run at positions start, start + 1…; drafts at the end.
+        num_drafts: how many of them are drafts.
+        wants_token: whether its last known token is among them, so that the logits of the last
+            1 + num_drafts are wanted.
+    """
+
+    sequence: Sequence
+    start: int
+    token_ids: list[int]
+    num_drafts: int
+    wants_token: bool
+
+
+class Scheduler:
+    """Decides what each step runs. Not thread-safe.
+
+    Every `Work` is to be committed, or its sequence finished, before the next `schedule`. One that
+    is not, because its step failed, is given again.
+
+    Args:
+        cache: the pages; all of them are this scheduler's.
+        options: the limits.
+    """
+
+    def __init__(self, cache: PageCache, options: SchedulerOptions) -> None:
+        self.cache = cache
+        self.options = options
+        # A step must have a token for each at work, or the last of them would never get on.
+        self._max_running = min(options.max_sequences, options.max_batch_tokens)
+        self._running: list[Sequence] = []  # both oldest first
+        self._waiting: list[Sequence] = []
+        self._num_added = 0
+        self._num_prompt_tokens = 0
+        self._num_cached_tokens = 0
+        self._num_generated_tokens = 0
+        self._num_drafted = 0
+        self._num_accepted = 0
+        self._num_preempted = 0
+        self._num_steps = 0
+
+    @property
+    def running(self) -> tuple[Sequence, ...]:
+        """Sequences at work, oldest first."""
+        return tuple(self._running)
+
+    @property
+    def waiting(self) -> tuple[Sequence, ...]:
+        """Sequences that wait for their first chunk, or again after a preemption; oldest first."""
+        return tuple(self._waiting)
+
+    @property
+    def stats(self) -> EngineStats:
+        """How things are now, and counts since the start."""
+        return EngineStats(
+            running=len(self._running),
+            waiting=len(self._waiting),
+            pages_used=self.cache.num_used,
+            pages_cached=self.cache.num_cached,
+            num_prompt_tokens=self._num_prompt_tokens,
+            num_cached_tokens=self._num_cached_tokens,
+            num_generated_tokens=self._num_generated_tokens,
+            num_drafted=self._num_drafted,
+            num_accepted=self._num_accepted,
+            num_preempted=self._num_preempted,
+            num_steps=self._num_steps,
+        )
+
+    def add(self, sequence: Sequence) -> None:
+        """Let a new sequence wait for its turn.
+
+        Raises:
+            RequestError: the prompt is empty, or max_len leaves no room for an answer.
+            CapacityError: it could come to need more pages than there are.
+            OverloadedError: too many wait already.
+        """
+        if sequence._state is not _State.NEW:
+            raise EngineError(f"sequence {sequence.id} was added or finished before")
+        if not 0 < sequence.prompt_len < sequence.max_len:
+            raise RequestError(
+                f"a prompt of {sequence.prompt_len} tokens with max_len {sequence.max_len}: there "
+                "must be a token, and room for one more"
+            )
+        num_pages = self.cache.pages_for(sequence.max_len)
+        if num_pages > self.cache.num_pages:
+            raise CapacityError(
+                f"{sequence.max_len} tokens need {num_pages} pages of {self.cache.page_len}, and "
+                f"there are {self.cache.num_pages}; ask for a shorter answer, shorten the prompt, "
+                "or serve with more memory for the KV cache"
+            )
+        if len(self._waiting) >= self.options.max_waiting:
+            raise OverloadedError(
+                f"{len(self._waiting)} sequences wait and at most {self.options.max_waiting} may; "
+                "try again later"
+            )
+        self._num_added += 1
+        sequence._age = self._num_added
+        sequence._state = _State.WAITING
+        self._waiting.append(sequence)
+
+    def schedule(self) -> list[Work]:
+        """The next step, at most `max_batch_tokens` tokens; [] if there is nothing to do.
+
+        Pages for all its tokens have been allocated. A sequence that has reached its max_len gets
+        no more work, and is to be finished.
+        """
+        if self._give_each_its_next_page():
+            self._let_in()
+        decoding: list[Sequence] = []
+        reading: list[Sequence] = []
+        for sequence in self._running:
+            if len(sequence.tokens) < sequence.max_len:
+                (decoding if sequence.num_left == 1 else reading).append(sequence)
+        works = self._decode(decoding)
+        if reading:
+            works += self._read(reading, sum(len(work.token_ids) for work in works))
+        self._num_steps += bool(works)
+        return works
+
+    def commit(self, work: Work, accepted: Iterable[int]) -> None:
+        """Record what a step did. Nothing happens if the sequence was finished meanwhile.
+
+        Args:
+            work: as `schedule` gave it; it has been run.
+            accepted: the tokens that became text: none if it wants no token, else the drafts
+                accepted, from the first, and one more.
+
+        Raises:
+            EngineError: the work is not the sequence's latest, or `accepted` cannot come of it.
+        """
+        sequence = work.sequence
+        if sequence._state is _State.FINISHED:
+            return
+        accepted = list(accepted)
+        self._check_commit(work, accepted)
+        num_known = len(work.token_ids) - work.num_drafts
+        num_right = max(len(accepted) - 1, 0)
+        sequence.tokens += accepted
+        sequence.num_computed = work.start + num_known + num_right
+        self._num_generated_tokens += len(accepted)
+        if work.num_drafts and sequence._lookup is not None:
+            sequence._lookup.judge(work.num_drafts, num_right)
+            self._num_drafted += work.num_drafts
+            self._num_accepted += num_right
+        num_full = sequence.num_computed // self.cache.page_len
+        if num_full > sequence._num_published:
+            if sequence.can_share:
+                self.cache.publish(
+                    sequence.key,
+                    sequence.tokens,
+                    sequence.pages,
+                    sequence._num_published,
+                    num_full,
+                )
+            sequence._num_published = num_full
+
+    def finish(self, sequence: Sequence) -> None:
+        """End a sequence, done, failed or cancelled, and release its pages. Idempotent."""
+        if sequence._state is _State.RUNNING:
+            self._running.remove(sequence)
+            self._release_pages(sequence)
+        elif sequence._state is _State.WAITING:
+            self._waiting.remove(sequence)
+        sequence._state = _State.FINISHED
+        sequence._lookup = sequence._reader = None
+
+    def check(self) -> None:
+        """Compare the cache's counts with all page tables.
+
+        Raises:
+            EngineError: a page has been lost, or given to two.
+        """
+        self.cache.check(sequence.pages for sequence in self._running)
+
+    # Pages: growth, preemption, admission.
+
+    def _give_each_its_next_page(self) -> bool:
+        """Room for the next token of every sequence; whether nobody lost his pages for it."""
+        num_before = self._num_preempted
+        page_len = self.cache.page_len
+        for sequence in self.running:  # a copy: the newest may drop out
+            while (
+                len(sequence.pages) * page_len < len(sequence.tokens)
+                and sequence._state is _State.RUNNING
+                and not self._grow(sequence, len(sequence.tokens))
+            ):
+                self._preempt(self._running[-1])
+        return self._num_preempted == num_before
+
+    def _grow(self, sequence: Sequence, num_tokens: int) -> bool:
+        """Pages for so many tokens; False if there are too few, and the sequence keeps those."""
+        num_pages = self.cache.pages_for(num_tokens)
+        hoped_for = self.cache.pages_for(sequence.max_len)
+        pages = sequence.pages
+        while len(pages) < num_pages:
+            after = pages[-1] if pages else None
+            page = self.cache.allocate(after, room=hoped_for - len(pages))
+            if page is None:
+                return False
+            pages.append(page)
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self._running.remove(sequence)
+        self._release_pages(sequence)
+        sequence.num_computed = sequence._num_published = sequence._needs_free = 0
+        sequence.num_preemptions += 1
+        sequence._state = _State.WAITING
+        insort(self._waiting, sequence, key=_age)
+        self._num_preempted += 1
+
+    def _release_pages(self, sequence: Sequence) -> None:
+        self.cache.release(sequence.pages)
+        sequence.pages = []  # a new list: a step under way may still be reading the old one
+
+    def _let_in(self) -> None:
+        """Start those who wait, oldest first, as far as there is room."""
+        short_of_pages: Sequence | None = None
+        for sequence in self.waiting:
+            if len(self._running) >= self._max_running:
+                return
+            if self._is_being_read_for(sequence):
+                continue
+            if short_of_pages is None:
+                if not self._start(sequence):
+                    short_of_pages = sequence
+            elif short_of_pages._num_overtaken >= _MAX_OVERTAKEN:
+                return
+            elif len(sequence.tokens) < len(short_of_pages.tokens) and self._start(sequence):
+                short_of_pages._num_overtaken += 1
+
+    def _start(self, sequence: Sequence) -> bool:
+        """Pages for all tokens of a waiting sequence and the next one; False if there are too few.
+
+        A page for each sequence at work must remain, or the next page that one of them needs would
+        push this one out again.
+        """
+        num_free, spare = self.cache.num_free, len(self._running)
+        if num_free < sequence._needs_free + spare:
+            return False  # without matching a long prompt in every step that it waits
+        tokens = sequence.tokens
+        pages = self.cache.match(sequence.key, tokens) if sequence.can_share else []
+        num_matched = len(pages)
+        num_needed = self.cache.pages_for(len(tokens) + 1) - num_matched
+        if self.cache.num_free < num_needed + spare:
+            sequence._needs_free = num_needed + num_free - self.cache.num_free
+            self.cache.release(pages)
+            return False
+        sequence.pages = pages
+        # All at once, with some of the answer's, so that they lie in a row.
+        answer_end = min(len(tokens) + _ANSWER_ROOM, sequence.max_len)
+        self.cache.clear(self.cache.pages_for(answer_end) - num_matched)
+        self._grow(sequence, len(tokens) + 1)
+        self._record_start(sequence, num_matched)
+        return True
+
+    def _record_start(self, sequence: Sequence, num_matched: int) -> None:
+        self._waiting.remove(sequence)
+        insort(self._running, sequence, key=_age)
+        sequence._state = _State.RUNNING
+        sequence._num_published = num_matched
+        sequence.num_computed = num_matched * self.cache.page_len
+        sequence._read_in = self._num_steps
+        sequence._reader = None
+        if not sequence._has_started:
+            sequence._has_started = True
+            sequence.cached_len = sequence.num_computed
+            self._num_prompt_tokens += sequence.prompt_len
+            self._num_cached_tokens += sequence.cached_len
+
+    # Prefixes in the making.
+
+    def _is_being_read_for(self, sequence: Sequence) -> bool:
+        """Whether another at work is just reading what this one begins with, too.
+
+        It holds only while that other one is getting on, or would be served before this one
+        anyway: its page after page ends the wait, and so does its end of whatever kind.
+        """
+        if not (self.cache.sharing and sequence.can_share):
+            return False
+        if sequence._reader is not None and self._reads_for(sequence._reader, sequence):
+            return True
+        if any(self._reads_for(reader, sequence) for reader in self._running):
+            return True
+        sequence._reader = None
+        return False
+
+    def _reads_for(self, reader: Sequence, sequence: Sequence) -> bool:
+        """Whether the next page that `reader` fills is one that `sequence` could use."""
+        page_len = self.cache.page_len
+        stop = (reader.num_computed // page_len + 1) * page_len
+        if (
+            reader._state is not _State.RUNNING
+            or reader.num_left == 1
+            or not reader.can_share
+            or reader.key != sequence.key
+            or stop >= len(sequence.tokens)
+            or stop > len(reader.tokens)
+            or (reader._read_in < self._num_steps - 1 and reader.num_left > len(sequence.tokens))
+        ):
+            return False
+        # The newest page first: most texts differ there, and a whole prefix takes long to compare.
+        known = sequence._common_len if reader is sequence._reader else 0
+        for part in (slice(stop - page_len, stop), slice(known, stop - page_len)):
+            if reader.tokens[part] != sequence.tokens[part]:
+                return False
+        sequence._reader, sequence._common_len = reader, stop
+        return True
+
+    # The step.
+
+    def _decode(self, decoding: list[Sequence]) -> list[Work]:
+        """A token for each, and drafts if few are at work, from at most half of what is left."""
+        is_drafting = 0 < len(self._running) <= self.options.draft_sequences
+        num_drafts = (self.options.max_batch_tokens - len(decoding)) // 2 if is_drafting else 0
+        works = []
+        for sequence in decoding:
+            drafts = self._draft(sequence, num_drafts) if num_drafts else []
+            num_drafts -= len(drafts)
+            start = sequence.num_computed
+            works.append(Work(sequence, start, sequence.tokens[start:] + drafts, len(drafts), True))
+        return works
+
+    def _draft(self, sequence: Sequence, limit: int) -> list[int]:
+        """What may follow, as far as pages can be had and the sequence may grow."""
+        num_tokens = len(sequence.tokens)
+        # The last token of a text is never drafted: one more than the drafts is accepted.
+        limit = min(limit, self.options.max_draft, sequence.max_len - num_tokens - 1)
+        lookup = self._index(sequence) if limit > 0 else None
+        if lookup is None or len(lookup) < num_tokens:
+            return []
+        drafts = lookup.draft(limit)
+        if not self._grow(sequence, num_tokens + len(drafts)):
+            del drafts[len(sequence.pages) * self.cache.page_len - num_tokens :]
+        return drafts
+
+    def _index(self, sequence: Sequence) -> PromptLookup | None:
+        """The sequence's lookup, some way further; None if it does not want one."""
+        if not self.options.max_draft or not sequence.can_draft:
+            return None
+        if sequence._lookup is None:
+            sequence._lookup = PromptLookup(max_draft=self.options.max_draft)
+        done = len(sequence._lookup)
+        sequence._lookup.extend(sequence.tokens[done : done + _INDEX_STEP])
+        return sequence._lookup
+
+    def _read(self, reading: list[Sequence], num_used: int) -> list[Work]:
+        """Chunks of prompts: half of the budget for the oldest, half for those with least left.
+
+        So a long prompt gets on whatever comes after it, and a short one behind it is read at once.
+        """
+        budget = self.options.max_batch_tokens - num_used
+        oldest, *others = reading
+        chunk_lens = {oldest: min(oldest.num_left, (budget + 1) // 2)}
+        budget -= chunk_lens[oldest]
+        for sequence in sorted(others, key=_num_left):
+            chunk_lens[sequence] = min(sequence.num_left, budget)
+            budget -= chunk_lens[sequence]
+        chunk_lens[oldest] += min(oldest.num_left - chunk_lens[oldest], budget)
+        works = []
+        for sequence, chunk_len in chunk_lens.items():
+            if chunk_len:
+                sequence._read_in = self._num_steps
+                start, stop = sequence.num_computed, sequence.num_computed + chunk_len
+                is_last = stop == len(sequence.tokens)
+                works.append(Work(sequence, start, sequence.tokens[start:stop], 0, is_last))
+                if len(self._running) <= self.options.draft_sequences:
+                    self._index(sequence)  # now, so that the first drafts need not wait for it
+        return works
+
+    def _check_commit(self, work: Work, accepted: list[int]) -> None:
+        sequence = work.sequence
+        if sequence._state is not _State.RUNNING or sequence.num_computed != work.start:
+            raise EngineError(f"{sequence!r} has no work at {work.start} to commit")
+        least, most = (1, 1 + work.num_drafts) if work.wants_token else (0, 0)
+        if not least <= len(accepted) <= most:
+            raise EngineError(
+                f"sequence {sequence.id} gained {len(accepted)} tokens from a step that gives "
+                f"from {least} to {most}"
+            )
+        drafts = work.token_ids[len(work.token_ids) - work.num_drafts :]
+        if accepted[:-1] != drafts[: max(len(accepted) - 1, 0)]:
+            raise EngineError(f"sequence {sequence.id} accepted tokens that were not drafted")
+
+
+def _age(sequence: Sequence) -> int:
+    return sequence._age
+
+
+def _num_left(sequence: Sequence) -> int:
+    return sequence.num_left
