@@ -7,6 +7,8 @@
     for chunk in model.stream("Once upon a time", temperature=0.8, seed=1):
         print(chunk.text, end="", flush=True)
 
+`longwing.Client(url)` asks a model that is served elsewhere, and needs no torch.
+
 Names are loaded when first used, so that `import longwing` costs nothing.
 """
 
@@ -14,18 +16,30 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from longwing import errors
+    from longwing.client import AsyncClient, Client
     from longwing.engine.generator import Chunk, Completion, Generator, load
     from longwing.engine.request import SamplingParams
 
 _HOMES = {
+    "AsyncClient": "longwing.client",
     "Chunk": "longwing.engine.generator",
+    "Client": "longwing.client",
     "Completion": "longwing.engine.generator",
     "Generator": "longwing.engine.generator",
     "SamplingParams": "longwing.engine.request",
     "load": "longwing.engine.generator",
 }
 
-__all__ = ["Chunk", "Completion", "Generator", "SamplingParams", "errors", "load"]
+__all__ = [
+    "AsyncClient",
+    "Chunk",
+    "Client",
+    "Completion",
+    "Generator",
+    "SamplingParams",
+    "errors",
+    "load",
+]
 
 
 def __getattr__(name: str) -> Any:

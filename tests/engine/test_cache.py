@@ -202,6 +202,15 @@ def test_a_small_sequence_leaves_a_row_for_a_large_one():
     assert all(is_in_row(table) for table in small + large)
 
 
+def test_room_kept_for_one_that_went_on_elsewhere_is_given_to_others():
+    cache = PageCache(40, PAGE_LEN)
+    first = cache.allocate(room=20)
+    in_between = cache.allocate(first)
+    assert cache.allocate(first, room=19) != first + 1
+    cache.release([in_between])
+    assert cache.allocate() == in_between
+
+
 def test_a_gap_that_fits_is_filled_before_the_large_run_is_cut():
     cache = PageCache(100, PAGE_LEN)
     first, second = grown(cache, [6], room=6)[0], grown(cache, [6], room=6)[0]
@@ -269,6 +278,28 @@ def test_check_finds_a_page_lost_and_a_page_given_to_two():
         cache.check([])
     with pytest.raises(EngineError, match="in 2 page tables and has 1 references"):
         cache.check([pages, pages[:1]])
+
+
+@pytest.mark.parametrize("damage", ["queue", "salts", "order", "tree", "free"])
+def test_check_finds_damage_inside(damage):
+    cache = PageCache(6, PAGE_LEN)
+    remember(cache, list(range(8)))
+    held = held_text(cache, [9] * 8)
+    cache.check([held])
+    last, first = cache._queue
+    if damage == "queue":
+        del cache._queue[last]
+    elif damage == "salts":
+        del cache._queue_of_salt["tenant"][last]
+    elif damage == "order":
+        cache._queue.move_to_end(last)
+    elif damage == "tree":
+        cache._node_of[first].children.clear()
+    elif damage == "free":
+        cache._node_of[cache._free.take(1)] = cache._node_of[last]
+        cache._free.give(next(iter(set(range(6)) - cache._free.pages() - {last, first, *held})))
+    with pytest.raises(EngineError):
+        cache.check([held])
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Answers under a grammar: what conforms, and what strangers' grammars cannot do to the process."""
 
+import gc
 import json
 import random
 import re
@@ -350,6 +351,26 @@ def test_closing_ends_the_trial_process(tokenizer: Tokenizer) -> None:
     compiler.close()
     assert process.poll() is not None
     assert state.mask(VOCAB).any()
+
+
+def test_forgotten_compiler_leaves_no_process(tokenizer: Tokenizer) -> None:
+    compiler = GrammarCompiler(tokenizer, VOCAB, [END])
+    compiler.compile(regex("ab"))
+    process = compiler._rehearsal._process
+    del compiler
+    gc.collect()
+    assert process.poll() is not None
+
+
+def test_forced_text_is_in_the_models_own_tokens(
+    compiler: GrammarCompiler, tokenizer: Tokenizer
+) -> None:
+    text = "false, in the unreal"
+    state = compiler.compile(regex(text))
+    for token_id in tokenizer.encode(text):
+        assert state.mask(VOCAB).nonzero().tolist() == [[token_id]]
+        state.accept(token_id)
+    assert state.finished
 
 
 def test_limits_of_size_count_bytes() -> None:

@@ -448,6 +448,20 @@ def test_one_that_shares_only_the_beginning_waits_only_for_that():
     assert other.cached_len == 16
 
 
+@pytest.mark.parametrize("difference", [0, 3, 7, 8])
+def test_nobody_waits_for_one_that_reads_another_text(difference):
+    simulation = Simulation(200, 4, max_batch_tokens=16)
+    tokens = prompt(60)
+    simulation.add(tokens, 5)
+    simulation.step()
+    tokens[difference] += 1
+    other = simulation.add(tokens, 5)
+    simulation.add(tokens[:30], 5, CacheKey("else", 0))
+    simulation.step()
+    assert simulation.scheduler.waiting == ()
+    assert other.cached_len == difference // 4 * 4
+
+
 @pytest.mark.parametrize("moment", ["while it reads", "in mid-step"])
 def test_who_waits_for_another_to_read_goes_on_if_that_one_is_cancelled(moment):
     simulation = Simulation(200, 4, max_batch_tokens=8)
@@ -535,6 +549,13 @@ def test_drafts_can_be_off(off):
     simulation.add([0] * 12, 40)
     simulation.run_out()
     assert simulation.scheduler.stats.num_drafted == 0
+
+
+def test_the_last_token_is_not_drafted_and_the_one_before_may_be():
+    simulation = Simulation(vocab_size=1, max_batch_tokens=64)
+    simulation.add([0] * 12, 3)
+    simulation.step()
+    assert [work.num_drafts for work in simulation.step()] == [1]
 
 
 def test_a_sequence_that_may_not_be_drafted_is_not():

@@ -12,6 +12,7 @@ from typing import Annotated
 
 import typer
 
+from longwing.cli.ask import ask
 from longwing.cli.chat import chat
 from longwing.cli.console import print_error
 from longwing.cli.convert import convert
@@ -59,7 +60,7 @@ def _options(
     )
 
 
-for verb in (generate, chat, serve, inspect, plan, quantize, verify, convert, pull):
+for verb in (generate, chat, serve, ask, inspect, plan, quantize, verify, convert, pull):
     app.command()(verb)
 
 

@@ -126,7 +126,10 @@ class Engine:
         """Start anew: no requests, an empty prefix cache, all counts at 0."""
         options = self.options
         self.cache = PageCache(
-            self.runner.num_pages, options.page_len, sharing=options.prefix_cache
+            self.runner.num_pages,
+            options.page_len,
+            sharing=options.prefix_cache,
+            max_share=options.cache_share,
         )
         self.scheduler = Scheduler(
             self.cache,

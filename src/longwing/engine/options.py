@@ -53,6 +53,12 @@ class EngineOptions:
     prefix_cache: bool = field(
         default=True, metadata={"help": "Keep the keys and values of prompts that may come again."}
     )
+    cache_share: float = field(
+        default=1.0,
+        metadata={
+            "help": "Largest part of the cache that one key's past prompts may take, from 0 to 1."
+        },
+    )
     max_sequences: int = _whole(64, 1, 4096, "Sequences in one step at most.")
     max_batch_tokens: int | None = _whole(
         None, 1, 2**20, "Tokens in one step at most: a longer prompt is read in chunks of it. "
@@ -74,5 +80,7 @@ class EngineOptions:
             low, high = setting.metadata["low"], setting.metadata["high"]
             if type(value) is not int or not low <= value <= high:
                 raise RequestError(f"{name} must be from {low} to {high}, is {value!r}")
+        if not 0 <= self.cache_share <= 1:
+            raise RequestError(f"cache_share must be from 0 to 1, is {self.cache_share!r}")
         if self.kv_dtype not in KV_DTYPES:
             raise RequestError(f'kv_dtype "{self.kv_dtype}" is not one of {", ".join(KV_DTYPES)}')

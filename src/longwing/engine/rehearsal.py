@@ -19,6 +19,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,14 +57,7 @@ class Vocabulary:
 
 def read_vocabulary(vocabulary: Vocabulary) -> LLTokenizer:
     """Llguidance's tokenizer: a tree of all tokens. 0.1 s for 65,024 of them."""
-    wrapper = _Wrapper(vocabulary)
-    tokenizer = LLTokenizer(
-        wrapper,  # type: ignore[arg-type]  # it asks for its own class, but means these attributes
-        n_vocab=len(vocabulary.tokens),
-        eos_token=list(vocabulary.eos_ids),
-    )
-    wrapper.longest = tokenizer.greedy_tokenize
-    return tokenizer
+    return _tree(_Wrapper(vocabulary), None)
 
 
 class _Wrapper:
@@ -76,14 +70,28 @@ class _Wrapper:
         self.tokens = vocabulary.tokens
         self.special_token_ids = vocabulary.special_ids
         self.eos_token_id = vocabulary.eos_ids[0]
-        self.longest: Callable[[str], list[int]] = lambda _text: []
-        self._encode = vocabulary.encode
+        self.vocabulary = vocabulary
+        self._plain_tree: LLTokenizer | None = None
 
     def __call__(self, text: str) -> list[int]:
         """The ids of a text."""
-        ids = self._encode(text) if self._encode else []
-        is_exact = b"".join(self.tokens[token_id] for token_id in ids) == text.encode()
-        return ids if is_exact else self.longest(text)
+        encode = self.vocabulary.encode
+        ids = encode(text) if encode else []
+        if b"".join(self.tokens[token_id] for token_id in ids) == text.encode():
+            return ids
+        # A tree of its own: the one that calls this would make a circle no collector can see.
+        if self._plain_tree is None:
+            self._plain_tree = _tree(_Wrapper(self.vocabulary), [])
+        return list(self._plain_tree.greedy_tokenize(text))
+
+
+def _tree(wrapper: _Wrapper, slices: list[str] | None) -> LLTokenizer:
+    return LLTokenizer(
+        wrapper,  # type: ignore[arg-type]  # it asks for its own class, but means these attributes
+        n_vocab=len(wrapper.tokens),
+        eos_token=list(wrapper.vocabulary.eos_ids),
+        slices=slices,
+    )
 
 
 def compile_matcher(tokenizer: LLTokenizer, kind: str, source: str) -> tuple[LLMatcher, str]:
@@ -130,6 +138,7 @@ class Rehearsal:
     def __init__(self, vocabulary: Vocabulary) -> None:
         self._vocabulary = vocabulary
         self._process: subprocess.Popen[bytes] | None = None
+        self._end: Callable[[], object] = lambda: None
 
     def __enter__(self) -> Self:
         return self
@@ -157,11 +166,8 @@ class Rehearsal:
 
     def close(self) -> None:
         """End the process; the next trial starts another."""
-        process, self._process = self._process, None
-        if process is not None:
-            process.kill()
-            with process:  # closes the pipes and waits
-                pass
+        self._process = None
+        self._end()
 
     def _started(self) -> subprocess.Popen[bytes]:
         if self._process is None or self._process.poll() is not None:
@@ -172,6 +178,8 @@ class Rehearsal:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
             )
+            # Also when this object is forgotten, or the program ends.
+            self._end = weakref.finalize(self, _end, self._process)
             vocabulary = self._vocabulary
             greeting = {
                 "tokens": [token.hex() for token in vocabulary.tokens],
@@ -183,6 +191,12 @@ class Rehearsal:
                 self.close()
                 raise OSError("the process that tries grammars does not start")
         return self._process
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    process.kill()
+    with process:  # closes the pipes and waits
+        pass
 
 
 def _write(process: subprocess.Popen[bytes], message: dict[str, Any]) -> None:
