@@ -1,10 +1,12 @@
 r"""Perplexity of a model quantised by several methods, on text that calibration never saw.
 
-    python bench/quantise_perplexity.py --model DIR --text HELD_OUT.txt --bits 4 3 2 \\
-        --group-sizes 128 64 -1 --methods rtn plain default --out results.json
+    python bench/quantise_perplexity.py --model DIR --text NOVEL.txt ... --bits 8 4 3 2 \\
+        --group-sizes 64 -1 --methods rtn plain default full --jobs 8 --out results.jsonl
 
 "plain" is GPTQ as published: scales from the range, columns in order. "default" is what `longwing
-quantize` does unasked. All share the bundled calibration text, 128 samples of 2,048 tokens.
+quantize` does unasked; the rest change one thing of it. All share the bundled calibration text, 128
+samples of 2,048 tokens. Of each text the characters from 100,000 to 200,000 are read.
+
 Perplexity: exp of the mean loss over consecutive windows of 2,048 tokens, each read on its own.
 """
 
@@ -31,18 +33,22 @@ from longwing.quant.spec import QuantSpec
 from longwing.tokenizer import Tokenizer
 
 WINDOW = 2048
+LENGTH = 100_000
+"""Characters of a text that are read; as many are skipped before them."""
 
-METHODS = {
+PUBLISHED = {"method": "gptq", "grid": "minmax", "static_groups": False, "damp_percent": 0.01}
+
+METHODS: dict[str, dict[str, object]] = {
     "rtn": {"method": "rtn", "grid": "minmax"},
-    "plain": {
-        "method": "gptq",
-        "grid": "minmax",
-        "act_order": False,
-        "static_groups": False,
-        "refits": 0,
-        "sweeps": 0,
-    },
+    "plain": {**PUBLISHED, "act_order": False},
+    "plain, act-order": PUBLISHED,
+    "gptaq": {"method": "gptaq"},
     "default": {},
+    "refit": {"refits": 1},
+    "refit, 2 sweeps": {"refits": 1, "sweeps": 2},
+    "heads": {"rotate": "heads"},
+    "full": {"rotate": "full"},
+    "full, refit, 2 sweeps": {"rotate": "full", "refits": 1, "sweeps": 2},
 }
 
 
@@ -68,12 +74,11 @@ def machine(device: str) -> str:
 def main() -> None:
     """Measure every combination, several at a time, and write one JSON object a line."""
     args = arguments()
-    methods = {**METHODS, **json.loads(args.extra)}
     jobs: list[tuple[str, dict[str, object]]] = [("dense", {})]
     for bits in args.bits:
         for group_size in args.group_sizes:
             for name in args.methods:
-                spec = {"bits": bits, "group_size": group_size, **methods[name]}
+                spec = {"bits": bits, "group_size": group_size, **METHODS[name]}
                 jobs.append((name, spec))
     deadline = time.time() + args.seconds
     commit = subprocess.run(
@@ -94,11 +99,10 @@ def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("--text", type=Path, nargs="+", required=True)
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
     parser.add_argument("--group-sizes", type=int, nargs="+", default=[128, 64, -1])
-    parser.add_argument("--methods", nargs="+", default=list(METHODS))
-    parser.add_argument("--extra", default="{}", help="JSON: name -> QuantSpec fields")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--tokens", type=int, default=102_400)
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -125,10 +129,11 @@ def prepare(args: argparse.Namespace, deadline: float) -> None:
     """Encode both texts, once a process."""
     torch.set_num_threads(1)
     tokenizer = Tokenizer.from_folder(args.model)
-    text = args.text.read_text(encoding="utf-8")
+    texts = [file.read_text(encoding="utf-8")[LENGTH : 2 * LENGTH] for file in args.text]
+    text = "\n\n".join(texts)
     ids: list[int] = []
-    for start in range(0, len(text), 100_000):
-        ids += tokenizer.encode(text[start : start + 100_000])
+    for start in range(0, len(text), LENGTH):
+        ids += tokenizer.encode(text[start : start + LENGTH])
     calibration = make_calibration(tokenizer, num_samples=args.samples)
     shared.append(Shared(args, deadline, ids[: args.tokens], calibration))
 
@@ -139,8 +144,8 @@ def measure(job: tuple[str, dict[str, Any]]) -> dict[str, object]:
     mine = shared[0]
     if name == "dense":
         value = perplexity(mine.args.model, mine.args.device, mine.ids)
-        return {"method": name, "tokens": len(mine.ids), "perplexity": value}
-    row: dict[str, object] = {"method": name, **settings}
+        return {"name": name, "tokens": len(mine.ids), "perplexity": value}
+    row: dict[str, object] = {"name": name, **settings}
     if time.time() > mine.deadline:
         return {**row, "error": "out of time; not begun"}
     with tempfile.TemporaryDirectory() as base:

@@ -16,6 +16,7 @@ from longwing.quant import QuantSpec
         *[("group_size", value) for value in (0, -2, 64.0, True)],
         *[("method", value) for value in ("awq", None)],
         ("grid", "search"),
+        ("rotate", "half"),
         *[(name, 1) for name in ("sym", "act_order", "static_groups")],
         *[(name, -1) for name in ("refits", "sweeps", "block_size")],
         ("block_size", 0),
@@ -55,10 +56,3 @@ def test_layers_are_checked_before_any_work() -> None:
         QuantSpec(group_size=128).check_layer(4544, 4672)
     with pytest.raises(ConfigError, match="100 output features of 3 bits do not fill"):
         QuantSpec(bits=3, group_size=32).check_layer(64, 100)
-
-
-def test_published_gptq_keeps_bits_groups_and_order() -> None:
-    spec = QuantSpec(bits=3, group_size=64, method="qronos", correction=1, act_order=False)
-    plain = spec.as_published()
-    assert (plain.bits, plain.group_size, plain.act_order) == (3, 64, False)
-    assert (plain.method, plain.grid, plain.refits, plain.sweeps) == ("gptq", "minmax", 0, 0)

@@ -16,6 +16,7 @@ from longwing.checkpoint import Checkpoint
 from longwing.errors import CalibrationError, CheckpointError, ConfigError
 from longwing.models import load_model
 from longwing.quant.calibration import Calibration, make_calibration
+from longwing.quant.journal import Journal
 from longwing.quant.quantize import quantize
 from longwing.quant.spec import QuantSpec
 from longwing.tokenizer import Tokenizer
@@ -63,12 +64,17 @@ def _digests(folder: Path) -> dict[str, str]:
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in folder.iterdir()}
 
 
-@pytest.mark.parametrize("method", ["rtn", "gptq", "gptaq"])
+@pytest.mark.parametrize(
+    ("method", "rotate"),
+    [("rtn", "none"), ("gptq", "heads"), ("gptaq", "none"), ("qronos", "none"), ("qronos", "full")],
+)
 @pytest.mark.parametrize("name", ["llama", "falcon-40b", "falcon-7b", "falcon-rw"])
 def test_quantised_folder_verifies_and_stays_close_to_the_dense_model(
-    name: str, method: str, dense: dict[str, Path], tmp_path: Path
+    name: str, method: str, rotate: str, dense: dict[str, Path], tmp_path: Path
 ) -> None:
-    spec = QuantSpec(bits=8, group_size=32, method=method)
+    if rotate == "full" and name != "llama":
+        rotate = "heads"
+    spec = QuantSpec(bits=8, group_size=32, method=method, rotate=rotate)
     calibration = _calibration(dense[name], tmp_path)
     done = quantize(dense[name], tmp_path / "out", spec, calibration)
     verdict = verify(done.folder)
@@ -100,12 +106,13 @@ def test_files_hold_what_an_independent_reader_unpacks(
     assert (settings["bits"], settings["sym"], settings["format"]) == (3, sym, form)
 
 
-@pytest.mark.parametrize("method", ["gptq", "gptaq"])
-@pytest.mark.parametrize("stop_after", [1, 7, 12])
+@pytest.mark.parametrize(("method", "rotate"), [("gptq", "none"), ("qronos", "full")])
+@pytest.mark.parametrize("stop_after", [1, 7, 22])
 def test_interrupted_run_resumes_to_the_same_bytes(
-    stop_after: int, method: str, dense: dict[str, Path], tmp_path: Path
+    stop_after: int, method: str, rotate: str, dense: dict[str, Path], tmp_path: Path
 ) -> None:
-    source, spec = dense["llama"], QuantSpec(bits=4, group_size=32, method=method)
+    source = dense["llama"]
+    spec = QuantSpec(bits=4, group_size=32, method=method, rotate=rotate)
     calibration = _calibration(source, tmp_path)
     whole = quantize(source, tmp_path / "whole", spec, calibration)
     steps = 0
@@ -141,10 +148,26 @@ def test_run_continues_after_a_finished_block_and_not_with_other_settings(
         quantize(source, target, spec, calibration, progress=second_block)
     with pytest.raises(CheckpointError, match=r"bits 4, not 3.*--restart"):
         quantize(source, target, QuantSpec(bits=3, group_size=32), calibration)
+    with pytest.raises(CheckpointError, match="rotate 'none', not 'heads'"):
+        quantize(source, target, QuantSpec(group_size=32, rotate="heads"), calibration)
     other = _calibration(source, tmp_path, seqlen=39)
     with pytest.raises(CheckpointError, match="calibration_sha256"):
         quantize(source, target, spec, other)
     assert quantize(source, target, spec, calibration).num_resumed == 1
+
+
+def test_journal_of_a_run_killed_after_its_result_appeared_goes_with_the_next_try(
+    dense: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, target = dense["llama"], tmp_path / "out"
+    spec = QuantSpec(group_size=32, method="rtn")
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "remove", lambda _journal: None)
+        quantize(source, target, spec, None)
+    assert list(tmp_path.glob(".*"))
+    with pytest.raises(CheckpointError, match="exists already"):
+        quantize(source, target, spec, None)
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_what_cannot_be_quantised_is_refused_before_any_work(
@@ -157,6 +180,8 @@ def test_what_cannot_be_quantised_is_refused_before_any_work(
     (tmp_path / "taken").mkdir()
     with pytest.raises(CheckpointError, match="exists already"):
         quantize(source, tmp_path / "taken", QuantSpec(group_size=32), calibration)
+    with pytest.raises(ConfigError, match="needs RMSNorm, and falcon models have LayerNorm"):
+        quantize(dense["falcon-7b"], target, QuantSpec(group_size=32, rotate="full"), calibration)
     with pytest.raises(ConfigError, match="needs a calibration text"):
         quantize(source, target, QuantSpec(group_size=32), None)
     done = quantize(source, target, QuantSpec(group_size=32, method="rtn"), None)

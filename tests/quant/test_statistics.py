@@ -22,21 +22,6 @@ def test_sums_equal_their_definition(panel: int, monkeypatch: pytest.MonkeyPatch
     assert stats.num_tokens == 90
 
 
-def test_merging_is_having_seen_both() -> None:
-    x_fp = make_inputs(90, 40).float()
-    x = make_drift(x_fp, 0.1)
-    one, two, both = (Statistics(40, drift=True) for _ in range(3))
-    one.add(x[:50], x_fp[:50])
-    two.add(x[50:], x_fp[50:])
-    both.add(x, x_fp)
-    one.merge(two)
-    torch.testing.assert_close(one.H, both.H)
-    torch.testing.assert_close(one.D, both.D, rtol=1e-4, atol=1e-3)
-    assert one.num_tokens == both.num_tokens
-    with pytest.raises(ValueError, match="different kinds"):
-        one.merge(Statistics(40))
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_16_bit_activations_are_summed_in_float32(dtype: torch.dtype) -> None:
     x = make_inputs(3000, 40).to(dtype)

@@ -33,6 +33,9 @@ def model_card(
         rows.append(
             ("layer error", f"{mean:.2e} mean, {max(errors):.2e} worst (relative, squared)")
         )
+    rotate = quant.meta["rotate"]
+    if rotate != "none":
+        rows.append(("rotation", f"{rotate}; adapters made for {name} do not fit"))
     table = "\n".join(f"| {label} | {value} |" for label, value in rows)
     return f"""# {name}, {quant.bits}-bit GPTQ
 
@@ -40,7 +43,7 @@ def model_card(
 |---|---|
 {table}
 
-The linear layers of every block are quantised; embedding, norms and output head are as they were.
+The linear layers of every block are quantised; embedding, norms and output head are not.
 `quantize_report.json` has every layer. `longwing verify` checks the folder against its manifest.
 
 ```console

@@ -49,7 +49,8 @@ def estimate(
     tokens = num_samples * seqlen
     streams = 2 if spec.needs_drift else 1
     packed = sum(_packed_bytes(linear, spec) for linear in _all_linears(model))
-    others = 2 * config.vocab_size * config.hidden_size * (1 if config.tie_embeddings else 2)
+    tied = config.tie_embeddings and spec.rotate != "full"
+    others = 2 * config.vocab_size * config.hidden_size * (1 if tied else 2)
     seconds = None
     if spec.method != "rtn":
         seconds = _seconds(model, spec, tokens, device, dtype)
@@ -64,16 +65,14 @@ def estimate(
 def working_bytes(model: Decoder, spec: QuantSpec, longest: int, value_bytes: int) -> int:
     """The most a device holds at once, samples between blocks apart.
 
-    A block's weights (twice for the methods that compare with full precision), the statistics of
-    its widest stage, what the solver holds on the worst linear (its docstring's count), and one
-    pass of one sample. Or the embedding alone, at the start.
+    A block's weights and the next one's, the statistics of its widest stage, and either what the
+    solver holds on the worst linear (its docstring's count) or one pass of one sample, to which the
+    methods that compare with full precision add a copy of the block. Or the embedding alone, at the
+    start.
     """
     block = model.blocks[0]
     weights = sum(parameter.numel() for parameter in block.parameters()) * value_bytes
-    weights *= 2 if spec.needs_drift else 1
-    sums = 2 if spec.needs_drift else 1
-    if spec.method == "rtn":
-        sums = 0
+    sums = 2 if spec.needs_drift else 0 if spec.method == "rtn" else 1
     statistics = max(
         sum(4 * sums * _linear(block, group[0]).in_features ** 2 for group in stage)
         for stage in model.stages
@@ -81,7 +80,9 @@ def working_bytes(model: Decoder, spec: QuantSpec, longest: int, value_bytes: in
     solver = max(_solver_bytes(linear, spec) for linear in _linears(model))
     pass_bytes = 8 * longest * (model.config.mlp_size + 4 * model.config.hidden_size)
     embedding = model.embedding.weight.numel() * value_bytes
-    return max(weights + statistics + solver + pass_bytes, embedding)
+    if spec.needs_drift:
+        pass_bytes += weights
+    return max(2 * weights + statistics + max(solver, pass_bytes), embedding)
 
 
 def _solver_bytes(linear: Linear, spec: QuantSpec) -> int:
@@ -97,14 +98,15 @@ def _seconds(
 ) -> float:
     """Operations of all blocks over measured rates.
 
-    Passes: to each stage on average half a block, and one whole; again for full precision. Sums of
-    products: T K² each. Solving: K³/3 + 5 N K², and some microseconds a column.
+    Passes: to each stage on average half a block, and one whole; for full precision the last
+    stage's is the whole one. Sums of products: T K² each. Solving: K³/3 + 5 N K², and some
+    microseconds a column.
     """
     low, high = _rate(device, dtype), _rate(device, torch.float32)
     block = model.blocks[0]
     per_token = 2 * sum(linear.in_features * linear.out_features for linear in _linears(model))
     streams = 2 if spec.needs_drift else 1
-    passes = streams * (1 + len(model.stages) / 2) * per_token * tokens / low
+    passes = (streams * (len(model.stages) + 1) / 2 + 0.5) * per_token * tokens / low
     products = streams * sum(
         2 * tokens * _linear(block, group[0]).in_features ** 2
         for stage in model.stages

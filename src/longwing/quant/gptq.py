@@ -20,6 +20,8 @@ with which an error of column j counts when scales are searched.
 """
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -181,7 +183,9 @@ def _targets(
         T = W[order]
         return T, T, None
     # In this order, because what a solver returns lies in memory column by column.
-    T = W[order].add_(_least_squares(R, (D.T @ W)[order]), alpha=spec.correction)
+    with _tensor_cores():
+        drift = D.T @ W
+    T = W[order].add_(_least_squares(R, drift[order]), alpha=spec.correction)
     if spec.method == "qronos":
         return T, T, None
     D = _permuted(D, order).mul_(spec.correction)
@@ -262,11 +266,26 @@ def _errors(
     if H is None:
         return None, None
     E = W - dequantize(weight, W.dtype)
-    total = _energy(H, W) or 1.0  # a layer without weight or input has no error either
-    error = _energy(H, E)
-    if D is None:
-        return error / total, None
-    return error / total, (error + 2 * float(((D.T @ W) * E).sum())) / total
+    with _tensor_cores():
+        total = _energy(H, W) or 1.0  # a layer without weight or input has no error either
+        error = _energy(H, E)
+        if D is None:
+            return error / total, None
+        return error / total, (error + 2 * float(((D.T @ W) * E).sum())) / total
+
+
+@contextmanager
+def _tensor_cores() -> Iterator[None]:
+    """Multiply with 10 bits of mantissa on CUDA, six times as fast, where that is plenty.
+
+    That is for the drift, which came of 16-bit activations, and for figures that people read.
+    """
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def _energy(H: Tensor, A: Tensor) -> float:

@@ -23,6 +23,7 @@ from longwing.errors import CheckpointError
 from longwing.kernels import PackedWeight
 
 _STATE = "journal.json"
+_FINISHED = "finished"
 _PARTS = ("qweight", "zeros", "scales", "g_idx")
 
 
@@ -76,7 +77,7 @@ class Journal:
         Raises:
             CheckpointError: another run is at work, or what is there is of other facts.
         """
-        folder = target.absolute().with_name(f".{target.name}.quantizing")
+        folder = _folder(target)
         if restart:
             shutil.rmtree(folder, ignore_errors=True)
         try:
@@ -142,9 +143,19 @@ class Journal:
         )
         return BlockResult(packed=packed, reports=reports)
 
+    def finish(self) -> None:
+        """Say that the result is about to appear: from then on the journal is of no more use."""
+        (self.folder / _FINISHED).touch()
+
     def remove(self) -> None:
-        """The result is written: the journal is of no more use."""
+        """The result is written."""
         shutil.rmtree(self.folder, ignore_errors=True)
+
+    @classmethod
+    def remove_finished(cls, target: Path) -> None:
+        """Remove what a run left that was killed just after its result appeared."""
+        if (_folder(target) / _FINISHED).exists():
+            cls(_folder(target)).remove()
 
     def _begin(self, facts: Mapping[str, object]) -> None:
         """Write down the facts, or compare them with those that are there."""
@@ -167,6 +178,11 @@ class Journal:
 
     def _file(self, block: int) -> Path:
         return self.folder / f"block-{block:05d}.safetensors"
+
+
+def _folder(target: Path) -> Path:
+    """Where the journal of a target is."""
+    return target.absolute().with_name(f".{target.name}.quantizing")
 
 
 def _tensors(packed: PackedWeight) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from longwing.quant.calibration import Calibration
 from longwing.quant.card import model_card
 from longwing.quant.folder import layer_reports, report_facts, write_folder
 from longwing.quant.journal import Journal, LayerReport
+from longwing.quant.rotation import check_rotation, rotated
 from longwing.quant.spec import QuantSpec
 from longwing.quant.walk import Walk
 
@@ -60,7 +61,9 @@ def quantize(
     restart: bool = False,
     progress: Progress | None = None,
 ) -> Quantized:
-    """Quantise the linears of every block; the embedding, norms and output head stay as they are.
+    """Quantise the linears of every block.
+
+    The embedding, norms and output head stay as they are, but for a full rotation (`rotation.py`).
 
     A run that was interrupted goes on where it stopped when it is asked for again in the same
     words, and ends in the same bytes.
@@ -87,17 +90,19 @@ def quantize(
     dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
     checkpoint, config = check_source(source, spec)
     if target.exists():
+        Journal.remove_finished(target)
         raise CheckpointError("exists already", file=str(target), remedy="choose another name")
     if calibration is None and spec.method != "rtn":
         raise ConfigError(f"method {spec.method} needs a calibration text")
     if spec.method == "rtn":
         calibration = None
     chosen = _format(checkpoint_format, spec)
+    turned = rotated(checkpoint, spec.rotate)
     facts = _facts(checkpoint, spec, calibration, chosen, true_sequential, device, dtype, tell)
     with Journal.opened(target, facts, restart=restart) as journal:
         num_resumed = journal.num_done
         walk = Walk(
-            checkpoint,
+            turned,
             config,
             calibration,
             spec,
@@ -111,9 +116,10 @@ def quantize(
         reports = layer_reports(journal, config.num_layers)
         quant = _quant_config(spec, chosen, true_sequential, calibration)
         tell("writing", 0, 1)
+        journal.finish()
         write_folder(
             target,
-            checkpoint,
+            turned,
             walk.model,
             journal,
             quant,
@@ -130,7 +136,8 @@ def check_source(source: Path, spec: QuantSpec) -> tuple[Checkpoint, ModelConfig
 
     Raises:
         CheckpointError: it cannot be loaded, or is quantised already.
-        ConfigError: a layer's shape does not suit the settings; names it.
+        ConfigError: a layer's shape, which it names, or the model's family does not suit the
+            settings.
     """
     checkpoint = Checkpoint.open(source)
     config = ModelConfig.from_hf(checkpoint.config)
@@ -140,6 +147,7 @@ def check_source(source: Path, spec: QuantSpec) -> tuple[Checkpoint, ModelConfig
             file=str(source),
             remedy="start from the dense model",
         )
+    check_rotation(config, spec.rotate)
     model = empty_model(config)
     inventory = take_inventory(model, checkpoint)
     if inventory.problems:
@@ -241,6 +249,7 @@ def _quant_config(
             "method": spec.method,
             "grid": spec.grid,
             "act_order": spec.act_order,
+            "rotate": spec.rotate,
             "calibration": {
                 "sha256": calibration.sha256 if calibration else None,
                 "nsamples": len(calibration.samples) if calibration else 0,

@@ -1,11 +1,11 @@
-"""`QuantSpec`: what is to be done to one linear layer, checked before any work.
+"""`QuantSpec`: what is to be done to a model's linear layers, checked before any work.
 
-Says nothing of models, calibration text or files. A field's help stands in its metadata, once:
+Says nothing of calibration text or files. A field's help stands in its metadata, once:
 command-line options can be made from it. To add a setting, add a field.
 """
 
 import reprlib
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from longwing.errors import ConfigError
@@ -16,6 +16,9 @@ METHODS = ("rtn", "gptq", "gptaq", "qronos")
 
 GRIDS = ("minmax", "mse")
 
+ROTATIONS = ("none", "heads", "full")
+"""What is turned before quantising; `rotation.py` says how."""
+
 _USUAL_GROUPS = (1024, 512, 256, 128, 64, 32)
 
 
@@ -25,7 +28,7 @@ def _setting(default: Any, help_text: str) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class QuantSpec:
-    """The settings of the layer-wise solver; change them with `dataclasses.replace`.
+    """How to quantise; all but `rotate` is the solver's. Change it with `dataclasses.replace`.
 
     Raises:
         ConfigError: a value of the wrong type or out of bounds.
@@ -35,10 +38,10 @@ class QuantSpec:
     group_size: int = _setting(128, "input features that share a scale; -1: all of them")
     sym: bool = _setting(True, "fix the zero point at mid-range; most fast kernels need it")
     method: str = _setting(
-        "gptaq",
+        "qronos",
         "rtn: round to nearest; gptq: spread each rounding error over weights still to be rounded; "
-        "gptaq: also make up for the drift of this layer's input since full precision; qronos: the "
-        "same, not yet trusted (docs/LOG.md)",
+        "gptaq and qronos: also make up for the drift of this layer's input since full precision, "
+        "qronos better",
     )
     grid: str = _setting(
         "mse",
@@ -52,7 +55,9 @@ class QuantSpec:
         0, "rounds of fitting all scales again, to the values that rounding met, and rounding anew"
     )
     sweeps: int = _setting(
-        0, "turns of coordinate descent at the end: each scale, then each weight, given the others"
+        0,
+        "turns of coordinate descent at the end: each scale, then each weight, given the others; "
+        "at 2 bits one refit and two sweeps are worth their time",
     )
     damp_percent: float = _setting(
         0.05,
@@ -64,12 +69,19 @@ class QuantSpec:
         "share of the input drift that gptaq and qronos make up for, 0 to 1; all of it fits the "
         "calibration text best and others worse",
     )
+    rotate: str = _setting(
+        "none",
+        "turn the dense model first, which changes nothing but how it rounds: full, for the Llama "
+        "family, loses less at all bits, but adapters of the dense model no longer fit, and a tied "
+        "output head becomes a matrix of its own; heads turns each head's values alone",
+    )
     block_size: int = _setting(128, "columns rounded between two updates of the remaining ones")
 
     def __post_init__(self) -> None:
         _check_choice("bits", self.bits, BITS)
         _check_choice("method", self.method, METHODS)
         _check_choice("grid", self.grid, GRIDS)
+        _check_choice("rotate", self.rotate, ROTATIONS)
         for name in ("sym", "act_order", "static_groups"):
             if type(getattr(self, name)) is not bool:
                 raise _refusal(name, getattr(self, name), "true or false is needed")
@@ -84,19 +96,6 @@ class QuantSpec:
             raise _refusal("correction", self.correction, "0 to 1 is needed")
         if self.correction != QuantSpec.correction and not self.needs_drift:
             raise _refusal("correction", self.correction, f"{self.method} corrects no drift")
-
-    def as_published(self) -> "QuantSpec":
-        """Plain GPTQ with the same bits, groups and order: what improvements are measured by."""
-        return replace(
-            self,
-            method="gptq",
-            grid="minmax",
-            static_groups=False,
-            refits=0,
-            sweeps=0,
-            damp_percent=0.01,
-            correction=QuantSpec.correction,
-        )
 
     @property
     def desc_act(self) -> bool:

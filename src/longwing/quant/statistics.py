@@ -6,7 +6,7 @@ Holds the two sums over calibration tokens, and nothing of how the tokens were c
     D = Σ (x_fp − x) xᵀ     x_fp: what the full-precision model feeds it; only if asked for
 
 The papers write 2 X Xᵀ, or means over samples. Common factors cancel everywhere in the solver, so
-plain sums will do, and sums of parts can be added (`merge`).
+plain sums will do.
 
 Shape key: T tokens, K in features.
 
@@ -26,8 +26,7 @@ _PANEL = 2048
 class Statistics:
     """Sums over the inputs of one layer, on one device.
 
-    Memory: 4 K² bytes for H and as much for D (K = 32,768: 4.3 GB each), and during `add` on CUDA
-    one panel of products, 4 K * 2048 bytes.
+    Memory: 4 K² bytes for H and as much for D (K = 32,768: 4.3 GB each).
 
     Args:
         in_features: K.
@@ -97,20 +96,6 @@ class Statistics:
         _add_product(self._H, x, x, lower=True)
         self.num_tokens += x.shape[0]
 
-    @torch.no_grad()
-    def merge(self, other: "Statistics") -> None:
-        """Add what another object has seen, e.g. on another device.
-
-        Raises:
-            ValueError: it is of another width, or only one of the two sums D.
-        """
-        if other.in_features != self.in_features or (other._D is None) != (self._D is None):
-            raise ValueError("statistics of different kinds cannot be merged")
-        self._H += other._H.to(self._H)
-        if self._D is not None and other._D is not None:
-            self._D += other._D.to(self._D)
-        self.num_tokens += other.num_tokens
-
 
 def _add_product(total: Tensor, left_TK: Tensor, right_TK: Tensor, *, lower: bool) -> None:
     """Total += leftᵀ right, panel by panel; with `lower` nothing above the diagonal panels."""
@@ -122,7 +107,7 @@ def _add_product(total: Tensor, left_TK: Tensor, right_TK: Tensor, *, lower: boo
         until = panel.stop if lower else len(total)
         left, right, target = left_TK[:, panel].T, right_TK[:, :until], total[panel, :until]
         if native:
-            target += torch.mm(left, right, out_dtype=total.dtype)
+            torch.addmm(target, left, right, out_dtype=total.dtype, out=target)
         else:
             target.addmm_(left, right)
 

@@ -1,9 +1,10 @@
 """`Walk`: a model's blocks, one at a time, from disk through the solver.
 
 Only one block is in memory as numbers to compute with (two for the methods that compare with full
-precision). Between blocks the samples' hidden states wait in host memory, or on the device where
-they fit. Inside a block, linears are solved stage by stage (`Decoder.stages`), and each stage is
-fed by the stages already quantised: the paper's true-sequential order.
+precision), and the next one, which is read ahead. Between blocks the samples' hidden states wait in
+host memory, or on the device where they fit. Inside a block, linears are solved stage by stage
+(`Decoder.stages`), and each stage is fed by the stages already quantised: the paper's
+true-sequential order.
 
 Shape key: T tokens of a sample, D model dim, O and I out and in features.
 """
@@ -12,6 +13,7 @@ import copy
 import logging
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 from torch import Tensor, nn
@@ -81,6 +83,8 @@ class Walk:
         self._hidden: list[Tensor] = []
         self._full: list[Tensor] = []  # the same samples, untouched by quantising
         self._rotations: dict[int, Rotation | None] = {}
+        self._reader = ThreadPoolExecutor(max_workers=1)
+        self._ahead: Future[None] | None = None
 
     @torch.inference_mode()
     def begin(self) -> None:
@@ -112,7 +116,7 @@ class Walk:
                 names the layer, and the sample where it is one's fault.
         """
         prefix = f"{self.model.BLOCKS}.{index}."
-        self._filler.fill(self._inventory, prefix)
+        self._fetch(index)
         block = self.model.blocks[index]
         untouched = copy.deepcopy(block) if self.spec.needs_drift else None
         num_passes = len(self._stages) + 1
@@ -121,22 +125,38 @@ class Walk:
         if known is None:
             result = self._solved(block, untouched, prefix, progress)
         else:
+            if untouched is not None:
+                self._carry(untouched, self._full, None)
             result = known
             for name, packed in known.packed.items():
                 linear = block.get_submodule(name.removeprefix(prefix))
                 self._settle(linear, packed.to(self.device))  # type: ignore[arg-type]
         if index + 1 < self.num_blocks:
             self._carry(block, self._hidden, progress)
-            if untouched is not None:
-                self._carry(untouched, self._full, None)
         step(total, total)
         block.to("meta")
         return result
 
+    def _fetch(self, index: int) -> None:
+        """Have block `index`, and begin to read the one after it."""
+        if self._ahead is None:
+            self._ahead = self._reader.submit(self._fill, index)
+        self._ahead.result()
+        if index + 1 < self.num_blocks:
+            self._ahead = self._reader.submit(self._fill, index + 1)
+
+    @torch.inference_mode()
+    def _fill(self, index: int) -> None:
+        """Read one block's tensors onto the device."""
+        self._filler.fill(self._inventory, f"{self.model.BLOCKS}.{index}.")
+
     def _solved(
         self, block: nn.Module, untouched: nn.Module | None, prefix: str, progress: "_Steps"
     ) -> BlockResult:
-        """Stage by stage: gather what the linears are fed, solve them, put the results in."""
+        """Stage by stage: gather what the linears are fed, solve them, put the results in.
+
+        On the way the untouched block takes its own samples through.
+        """
         packed, reports = {}, []
         for stage in self._stages:
             gathered = self._statistics(block, untouched, stage, prefix, progress)
@@ -182,9 +202,14 @@ class Walk:
             Statistics(_in_features(block, name), device=self.device, drift=self.spec.needs_drift)
             for name in firsts
         ]
+        last = stage is self._stages[-1]
         for number, hidden_TD in enumerate(self._hidden):
-            inputs = self._inputs(block, firsts, hidden_TD)
-            full = self._inputs(untouched, firsts, self._full[number]) if untouched else {}
+            inputs, _ = self._inputs(block, firsts, hidden_TD)
+            full: dict[str, Tensor] = {}
+            if untouched is not None:
+                full, out_TD = self._inputs(untouched, firsts, self._full[number], whole=last)
+                if out_TD is not None:
+                    self._full[number] = self._park(out_TD, self._full[number])
             for name, stats in zip(firsts, gathered, strict=True):
                 try:
                     stats.add(inputs[name], full.get(name))
@@ -193,18 +218,23 @@ class Walk:
                         f"calibration sample {number}: {error.reason}", tensor=prefix + name
                     ) from error
             progress.advance()
+        if last and untouched is not None:
+            untouched.to("meta")  # it has done its work, and the solver needs the room
         return list(gathered)
 
     def _inputs(
-        self, block: nn.Module, names: Sequence[str], hidden_TD: Tensor
-    ) -> dict[str, Tensor]:
-        """What each named linear is fed for one sample; the pass stops once all have been."""
+        self, block: nn.Module, names: Sequence[str], hidden_TD: Tensor, *, whole: bool = False
+    ) -> tuple[dict[str, Tensor], Tensor | None]:
+        """What each named linear is fed for one sample, and with `whole` the block's output.
+
+        Without it the pass stops once all have been fed.
+        """
         caught: dict[str, Tensor] = {}
 
         def catch(name: str) -> Callable[[nn.Module, tuple[Tensor]], None]:
             def hook(_module: nn.Module, args: tuple[Tensor]) -> None:
                 caught[name] = args[0]
-                if len(caught) == len(names):
+                if len(caught) == len(names) and not whole:
                     raise _AllCaughtError
 
             return hook
@@ -213,13 +243,12 @@ class Walk:
             block.get_submodule(name).register_forward_pre_hook(catch(name)) for name in names
         ]
         try:
-            self._through(block, hidden_TD)
+            return caught, self._through(block, hidden_TD)
         except _AllCaughtError:
-            pass
+            return caught, None
         finally:
             for handle in hooks:
                 handle.remove()
-        return caught
 
     def _carry(self, block: nn.Module, hidden: list[Tensor], progress: "_Steps | None") -> None:
         """Every sample's hidden states through a block, in place."""
