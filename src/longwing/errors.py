@@ -16,6 +16,7 @@ LongwingError
 ├── OverloadedError        there are as many requests as may wait; try again later
 ├── ServerError            a server answered with an error, or not at all
 ├── CalibrationError       the calibration text cannot be read, or is too little
+├── EvalError              an evaluation cannot be run, or its record cannot be read
 ├── HubError               a download failed, or is needed while offline
 └── ConvertError           a foreign file cannot be converted
 
@@ -150,6 +151,10 @@ class ServerError(LongwingError):
 
 class CalibrationError(LongwingError):
     """The calibration text cannot be read, or there is too little of it."""
+
+
+class EvalError(LongwingError):
+    """An evaluation cannot be run, or its record cannot be read."""
 
 
 class HubError(LongwingError):

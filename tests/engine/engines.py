@@ -11,7 +11,9 @@ from longwing.engine.loading import load_engine
 from longwing.engine.options import EngineOptions
 from longwing.engine.request import Request, SamplingParams
 
-SMALL = EngineOptions(num_pages=64, page_len=8, max_batch_tokens=64, max_sequences=16, max_draft=0)
+SMALL = EngineOptions(
+    dtype="float32", num_pages=64, page_len=8, max_batch_tokens=64, max_sequences=16, max_draft=0
+)
 
 
 def engine_of(folder: Path, **settings: Any) -> Engine:

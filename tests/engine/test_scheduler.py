@@ -13,10 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longwing.engine.cache import CacheKey, PageCache
-from longwing.engine.scheduler import Scheduler, SchedulerOptions, Sequence
+from longwing.engine.options import SchedulerOptions
+from longwing.engine.scheduler import Scheduler
+from longwing.engine.sequence import Sequence
 from longwing.errors import (
     CapacityError,
-    ConfigError,
     EngineError,
     OverloadedError,
     RequestError,
@@ -678,7 +679,7 @@ def test_a_sequence_is_added_once():
     [{"max_batch_tokens": 0}, {"max_sequences": 0}, {"max_draft": -1}, {"max_waiting": 1.5}],
 )
 def test_senseless_limits_are_refused(option):
-    with pytest.raises(ConfigError, match=f"{next(iter(option))} is .*; it must be"):
+    with pytest.raises(RequestError, match=f"{next(iter(option))} must be from .*, is"):
         SchedulerOptions(**option)
 
 

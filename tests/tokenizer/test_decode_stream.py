@@ -110,6 +110,11 @@ def test_the_first_word_has_no_space_before_it_and_the_second_one_has(llama: Tok
     assert streamed(llama, [1, a], skip_special=False) == ["<s>", " a", ""]
 
 
+def test_an_answer_that_goes_on_a_text_keeps_its_first_space(llama: Tokenizer) -> None:
+    a = llama.id_of("▁a") or 0
+    assert llama.stream(begun=True).push_all([a, a]) == " a a"
+
+
 def test_an_id_beyond_the_vocabulary_shows_in_a_stream(falcon: Tokenizer) -> None:
     stream = falcon.stream()
     assert stream.push(FALCON_VOCAB + 100) == "\ufffd"

@@ -16,11 +16,13 @@ from longwing.cli.ask import ask
 from longwing.cli.chat import chat
 from longwing.cli.console import print_error
 from longwing.cli.convert import convert
+from longwing.cli.eval import evaluate
 from longwing.cli.generate import generate
 from longwing.cli.inspect import inspect
 from longwing.cli.plan import plan
 from longwing.cli.pull import pull
 from longwing.cli.quantize import quantize
+from longwing.cli.report import report
 from longwing.cli.serve import serve
 from longwing.cli.verify import verify
 from longwing.errors import LongwingError
@@ -60,8 +62,9 @@ def _options(
     )
 
 
-for verb in (generate, chat, serve, ask, inspect, plan, quantize, verify, convert, pull):
+for verb in (generate, chat, serve, ask, inspect, plan, quantize, verify, convert, pull, report):
     app.command()(verb)
+app.command("eval")(evaluate)
 
 
 def main() -> None:

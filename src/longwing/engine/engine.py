@@ -32,8 +32,9 @@ from longwing.engine.options import EngineOptions
 from longwing.engine.request import FinishReason, Request
 from longwing.engine.runner import Runner
 from longwing.engine.sampler import SamplingState, prompt_logprobs, sample
-from longwing.engine.scheduler import Scheduler, SchedulerOptions, Work
-from longwing.engine.scheduler import Sequence as Scheduled
+from longwing.engine.scheduler import Scheduler
+from longwing.engine.sequence import Sequence as Scheduled
+from longwing.engine.sequence import Work
 from longwing.engine.status import EngineStats, StepRecord
 from longwing.engine.transcript import Transcript
 from longwing.errors import (
@@ -131,16 +132,7 @@ class Engine:
             sharing=options.prefix_cache,
             max_share=options.cache_share,
         )
-        self.scheduler = Scheduler(
-            self.cache,
-            SchedulerOptions(
-                max_batch_tokens=options.max_batch_tokens or 256,
-                max_sequences=options.max_sequences,
-                max_waiting=options.max_waiting,
-                max_draft=options.max_draft,
-                draft_sequences=options.draft_sequences,
-            ),
-        )
+        self.scheduler = Scheduler(self.cache, options)
         self._jobs: dict[str, _Job] = {}
         self._compiling: dict[str, tuple[Request, Future[GrammarState], float]] = {}
         self._job_of: dict[Scheduled, _Job] = {}

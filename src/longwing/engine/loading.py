@@ -14,10 +14,11 @@ import torch
 
 from longwing.engine.engine import Engine
 from longwing.engine.folder import ModelFolder
-from longwing.engine.options import EngineOptions
+from longwing.engine.options import DEFAULT_BATCH_TOKENS, EngineOptions
 from longwing.engine.status import EngineInfo
 from longwing.errors import CapacityError, RequestError
 from longwing.models import DTYPES, find_device, load_model
+from longwing.models.prepare import prepare, weight_bytes
 from longwing.plan import RUNTIME_BYTES, format_size, kv_bytes_per_token
 
 _GPU_SHARE = 0.92
@@ -26,7 +27,7 @@ _GPU_SHARE = 0.92
 _HOST_SHARE = 0.5
 """Part of the host's free memory that pages may take. Unused pages cost nothing there."""
 
-_NUM_BATCH_TOKENS = {"cuda": 2048, "cpu": 256}
+_NUM_BATCH_TOKENS = {"cuda": 2048, "cpu": DEFAULT_BATCH_TOKENS}
 
 
 def load_engine(
@@ -51,8 +52,13 @@ def load_engine(
     folder = ModelFolder.open(path, options.rope)
     if options.max_batch_tokens is None:
         options = replace(options, max_batch_tokens=_NUM_BATCH_TOKENS[device.type])
-    on_cpu_dtype = "float32" if options.dtype == "auto" and device.type == "cpu" else options.dtype
-    options = replace(options, dtype=on_cpu_dtype)
+    if device.type == "cpu":
+        exact = options.dtype == "float32" and options.cpu_weights == "auto"
+        forms = {"auto": "float32" if exact else "fast"}.get(
+            options.cpu_weights, options.cpu_weights
+        )
+        # Activations are float32 there in any case; the forms say what is multiplied in less.
+        options = replace(options, dtype="float32", cpu_weights=forms)
     if options.num_pages is None:
         options = replace(options, num_pages=_num_pages(folder, options, device))
     context = _context(folder, options)
@@ -62,8 +68,11 @@ def load_engine(
         dtype=DTYPES.get(options.dtype),
         context=context,
         rope=None if options.rope is None else folder.config.rope,
+        unpack=device.type == "cpu" and options.cpu_weights == "float32",
         progress=progress,
     )
+    if device.type == "cpu":
+        model = prepare(model, options.cpu_weights)
     engine = Engine(model, folder.tokenizer, options)
     return engine, describe(engine, folder)
 
@@ -88,7 +97,7 @@ def describe(engine: Engine, folder: ModelFolder) -> EngineInfo:
         num_pages=engine.cache.num_pages,
         page_len=engine.cache.page_len,
         kv_bytes=engine.runner.kv_bytes,
-        weight_bytes=sum(tensor.nbytes for tensor in {*model.parameters(), *model.buffers()}),
+        weight_bytes=weight_bytes(model),
         max_sequences=engine.options.max_sequences,
         max_batch_tokens=engine.options.max_batch_tokens or 0,
         rope_method=rotary.cfg.method if rotary else "alibi",

@@ -1,4 +1,4 @@
-"""`EngineOptions`: how a model is loaded and served by the batching engine. No torch.
+"""How a model is loaded and served by the batching engine, and the limits of a step. No torch.
 
 Plain values only, so that they can be sent to the process that obeys them.
 """
@@ -11,6 +11,12 @@ from longwing.errors import RequestError
 KV_DTYPES = ("auto", "float32", "float16", "bfloat16", "int8")
 """Number types of cached keys and values; auto is the activations' own."""
 
+CPU_WEIGHTS = ("auto", "fast", "small", "float32")
+"""Forms of a model's matrices on a CPU."""
+
+DEFAULT_BATCH_TOKENS = 512
+"""Tokens in one step at most, where nobody says."""
+
 LONGEST = 2**30
 
 
@@ -19,7 +25,38 @@ def _whole(default: int | None, low: int, high: int, help_text: str) -> Any:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EngineOptions:
+class SchedulerOptions:
+    """The limits of a step and of the queue.
+
+    Raises:
+        RequestError: a value is out of its range.
+    """
+
+    max_sequences: int = _whole(64, 1, 4096, "Sequences in one step at most.")
+    max_batch_tokens: int | None = _whole(
+        None, 1, 2**20, "Tokens in one step at most: a longer prompt is read in chunks of it. "
+        "Unset: 2048 on a GPU, 512 on a CPU."
+    )  # fmt: skip
+    max_waiting: int = _whole(1024, 0, 2**20, "Sequences that may wait for their turn.")
+    max_draft: int = _whole(
+        8, 0, 64, "Tokens guessed ahead from the text so far and checked in one step; 0: off."
+    )
+    draft_sequences: int = _whole(
+        4, 0, 4096, "Guess ahead only while at most so many sequences are at work."
+    )
+
+    def __post_init__(self) -> None:
+        for name, setting in self.__dataclass_fields__.items():
+            value = getattr(self, name)
+            if "low" not in setting.metadata or (value is None and setting.default is None):
+                continue
+            low, high = setting.metadata["low"], setting.metadata["high"]
+            if type(value) is not int or not low <= value <= high:
+                raise RequestError(f"{name} must be from {low} to {high}, is {value!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions(SchedulerOptions):
     """Settings of an engine, checked when made.
 
     Attributes:
@@ -39,6 +76,14 @@ class EngineOptions:
     context: int | None = None
     rope: str | None = None
     memory: int | None = None
+    cpu_weights: str = field(
+        default="auto",
+        metadata={
+            "help": f"On a CPU, what weights become: {', '.join(CPU_WEIGHTS)}. fast: packed ones "
+            "in 4 bits and in bfloat16, the head in 8 bits; small: without the second copy; "
+            "float32: exact; auto: fast, unless --dtype float32 asks for exact."
+        },
+    )
     kv_dtype: str = field(
         default="auto",
         metadata={
@@ -59,27 +104,13 @@ class EngineOptions:
             "help": "Largest part of the cache that one key's past prompts may take, from 0 to 1."
         },
     )
-    max_sequences: int = _whole(64, 1, 4096, "Sequences in one step at most.")
-    max_batch_tokens: int | None = _whole(
-        None, 1, 2**20, "Tokens in one step at most: a longer prompt is read in chunks of it. "
-        "Unset: 2048 on a GPU, 256 on a CPU."
-    )  # fmt: skip
-    max_waiting: int = _whole(1024, 1, 2**20, "Sequences that may wait for their turn.")
-    max_draft: int = _whole(
-        8, 0, 64, "Tokens guessed ahead from the text so far and checked in one step; 0: off."
-    )
-    draft_sequences: int = _whole(
-        4, 0, 4096, "Guess ahead only while at most so many sequences are at work."
-    )
 
     def __post_init__(self) -> None:
-        for name, setting in self.__dataclass_fields__.items():
-            value = getattr(self, name)
-            if "low" not in setting.metadata or (value is None and setting.default is None):
-                continue
-            low, high = setting.metadata["low"], setting.metadata["high"]
-            if type(value) is not int or not low <= value <= high:
-                raise RequestError(f"{name} must be from {low} to {high}, is {value!r}")
+        super().__post_init__()
+        if self.cpu_weights not in CPU_WEIGHTS:
+            raise RequestError(
+                f'cpu_weights "{self.cpu_weights}" is not one of {", ".join(CPU_WEIGHTS)}'
+            )
         if not 0 <= self.cache_share <= 1:
             raise RequestError(f"cache_share must be from 0 to 1, is {self.cache_share!r}")
         if self.kv_dtype not in KV_DTYPES:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from longwing.engine.scheduler import Work
+from longwing.engine.sequence import Work
 from longwing.kernels import AttentionInputs, KVPages
 from longwing.models import Decoder
 

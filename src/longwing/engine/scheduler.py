@@ -14,15 +14,15 @@ may pass, but only a few. And a sequence waits while another is reading the begi
 share, to find it in the cache instead of reading it too.
 """
 
-import enum
 from bisect import insort
 from collections.abc import Iterable
-from dataclasses import dataclass, field, fields
 
-from longwing.engine.cache import CacheKey, PageCache
+from longwing.engine.cache import PageCache
 from longwing.engine.lookup import PromptLookup
+from longwing.engine.options import DEFAULT_BATCH_TOKENS, SchedulerOptions
+from longwing.engine.sequence import Sequence, State, Work
 from longwing.engine.status import EngineStats
-from longwing.errors import CapacityError, ConfigError, EngineError, OverloadedError, RequestError
+from longwing.errors import CapacityError, EngineError, OverloadedError, RequestError
 
 _MAX_OVERTAKEN = 8
 """Smaller sequences that may pass one that waits for pages."""
@@ -33,123 +33,6 @@ a longer answer takes what there is when it gets there."""
 
 _INDEX_STEP = 1024
 """Tokens a sequence's lookup index may grow in a step: about a millisecond."""
-
-
-def _limit(default: int, low: int, help_text: str) -> int:
-    number: int = field(default=default, metadata={"help": help_text, "low": low})
-    return number
-
-
-@dataclass(frozen=True, kw_only=True)
-class SchedulerOptions:
-    """The limits of a step and of the queue.
-
-    Raises:
-        ConfigError: a number is below its least.
-    """
-
-    max_batch_tokens: int = _limit(512, 1, "tokens in one step at most")
-    max_sequences: int = _limit(
-        64, 1, "sequences at work at most; each takes a token of a step, so never more than those"
-    )
-    max_waiting: int = _limit(128, 0, "sequences that may wait; more are refused")
-    max_draft: int = _limit(8, 0, "tokens guessed ahead by prompt lookup; 0: off")
-    draft_sequences: int = _limit(4, 0, "guess ahead only while at most so many are at work")
-
-    def __post_init__(self) -> None:
-        for option in fields(self):
-            value, low = getattr(self, option.name), option.metadata["low"]
-            if not isinstance(value, int) or isinstance(value, bool) or value < low:
-                raise ConfigError(f"{option.name} is {value!r}; it must be {low} or more")
-
-
-class _State(enum.Enum):
-    NEW = enum.auto()
-    WAITING = enum.auto()
-    RUNNING = enum.auto()
-    FINISHED = enum.auto()
-
-
-class Sequence:
-    """A text as it is read and written. Only the scheduler changes it; equal only to itself.
-
-    Args:
-        id: for messages.
-        prompt_ids: the prompt, at least one token.
-        max_len: tokens of prompt and answer at most.
-        key: what must be equal, besides the tokens, to share pages.
-        can_share: whether pages may be taken from the prefix cache and left there; not if every
-            prompt token must be computed (for its log-probability).
-        can_draft: whether tokens may be guessed ahead.
-
-    Attributes:
-        tokens: the prompt and what was accepted since.
-        prompt_len: how many of them are the prompt.
-        pages: the page table. A new list after a preemption and when finished.
-        num_computed: tokens, from the first, whose keys and values lie in the pages.
-        cached_len: prompt tokens found in the prefix cache at the first start.
-        num_preemptions: how often it lost its pages.
-    """
-
-    def __init__(
-        self,
-        *,
-        id: str,
-        prompt_ids: Iterable[int],
-        max_len: int,
-        key: CacheKey,
-        can_share: bool = True,
-        can_draft: bool = True,
-    ) -> None:
-        self.id = id
-        self.tokens = list(prompt_ids)
-        self.prompt_len = len(self.tokens)
-        self.max_len = max_len
-        self.key = key
-        self.can_share = can_share
-        self.can_draft = can_draft
-        self.pages: list[int] = []
-        self.num_computed = 0
-        self.cached_len = 0
-        self.num_preemptions = 0
-        self._state = _State.NEW
-        self._age = 0  # its number in the order of arrival
-        self._has_started = False
-        self._num_published = 0  # full pages offered to the prefix cache in this life
-        self._num_overtaken = 0
-        self._needs_free = 0  # when last refused, so many pages had to be free
-        self._read_in = -1  # the last step in which it read, or was let in
-        self._reader: Sequence | None = None  # another, seen reading the beginning they share…
-        self._common_len = 0  # …of which so many tokens are known to be equal
-        self._lookup: PromptLookup | None = None
-
-    def __repr__(self) -> str:
-        return f"<Sequence {self.id}: {self.num_computed} of {len(self.tokens)} tokens computed>"
-
-    @property
-    def num_left(self) -> int:
-        """Known tokens to be computed yet; 1 while decoding."""
-        return len(self.tokens) - self.num_computed
-
-
-@dataclass(frozen=True, slots=True)
-class Work:
-    """What one sequence does in one step.
-
-    Attributes:
-        sequence: whose work it is.
-        start: position of the first token; the context before it lies in the sequence's pages.
-        token_ids: what to run at positions start, start + 1…; drafts at the end.
-        num_drafts: how many of them are drafts.
-        wants_token: whether its last known token is among them, so that the logits of the last
-            1 + num_drafts are wanted.
-    """
-
-    sequence: Sequence
-    start: int
-    token_ids: list[int]
-    num_drafts: int
-    wants_token: bool
 
 
 class Scheduler:
@@ -167,7 +50,8 @@ class Scheduler:
         self.cache = cache
         self.options = options
         # A step must have a token for each at work, or the last of them would never get on.
-        self._max_running = min(options.max_sequences, options.max_batch_tokens)
+        self._budget = options.max_batch_tokens or DEFAULT_BATCH_TOKENS
+        self._max_running = min(options.max_sequences, self._budget)
         self._running: list[Sequence] = []  # both oldest first
         self._waiting: list[Sequence] = []
         self._num_added = 0
@@ -214,7 +98,7 @@ class Scheduler:
             CapacityError: it could come to need more pages than there are.
             OverloadedError: too many wait already.
         """
-        if sequence._state is not _State.NEW:
+        if sequence._state is not State.NEW:
             raise EngineError(f"sequence {sequence.id} was added or finished before")
         if not 0 < sequence.prompt_len < sequence.max_len:
             raise RequestError(
@@ -235,7 +119,7 @@ class Scheduler:
             )
         self._num_added += 1
         sequence._age = self._num_added
-        sequence._state = _State.WAITING
+        sequence._state = State.WAITING
         self._waiting.append(sequence)
 
     def schedule(self) -> list[Work]:
@@ -269,7 +153,7 @@ class Scheduler:
             EngineError: the work is not the sequence's latest, or `accepted` cannot come of it.
         """
         sequence = work.sequence
-        if sequence._state is _State.FINISHED:
+        if sequence._state is State.FINISHED:
             return
         accepted = list(accepted)
         self._check_commit(work, accepted)
@@ -296,12 +180,12 @@ class Scheduler:
 
     def finish(self, sequence: Sequence) -> None:
         """End a sequence, done, failed or cancelled, and release its pages. Idempotent."""
-        if sequence._state is _State.RUNNING:
+        if sequence._state is State.RUNNING:
             self._running.remove(sequence)
             self._release_pages(sequence)
-        elif sequence._state is _State.WAITING:
+        elif sequence._state is State.WAITING:
             self._waiting.remove(sequence)
-        sequence._state = _State.FINISHED
+        sequence._state = State.FINISHED
         sequence._lookup = sequence._reader = None
 
     def check(self) -> None:
@@ -321,7 +205,7 @@ class Scheduler:
         for sequence in self.running:  # a copy: the newest may drop out
             while (
                 len(sequence.pages) * page_len < len(sequence.tokens)
-                and sequence._state is _State.RUNNING
+                and sequence._state is State.RUNNING
                 and not self._grow(sequence, len(sequence.tokens))
             ):
                 self._preempt(self._running[-1])
@@ -345,7 +229,7 @@ class Scheduler:
         self._release_pages(sequence)
         sequence.num_computed = sequence._num_published = sequence._needs_free = 0
         sequence.num_preemptions += 1
-        sequence._state = _State.WAITING
+        sequence._state = State.WAITING
         insort(self._waiting, sequence, key=_age)
         self._num_preempted += 1
 
@@ -397,7 +281,7 @@ class Scheduler:
     def _record_start(self, sequence: Sequence, num_matched: int) -> None:
         self._waiting.remove(sequence)
         insort(self._running, sequence, key=_age)
-        sequence._state = _State.RUNNING
+        sequence._state = State.RUNNING
         sequence._num_published = num_matched
         sequence.num_computed = num_matched * self.cache.page_len
         sequence._read_in = self._num_steps
@@ -430,7 +314,7 @@ class Scheduler:
         page_len = self.cache.page_len
         stop = (reader.num_computed // page_len + 1) * page_len
         if (
-            reader._state is not _State.RUNNING
+            reader._state is not State.RUNNING
             or reader.num_left == 1
             or not reader.can_share
             or reader.key != sequence.key
@@ -452,7 +336,7 @@ class Scheduler:
     def _decode(self, decoding: list[Sequence]) -> list[Work]:
         """A token for each, and drafts if few are at work, from at most half of what is left."""
         is_drafting = 0 < len(self._running) <= self.options.draft_sequences
-        num_drafts = (self.options.max_batch_tokens - len(decoding)) // 2 if is_drafting else 0
+        num_drafts = (self._budget - len(decoding)) // 2 if is_drafting else 0
         works = []
         for sequence in decoding:
             drafts = self._draft(sequence, num_drafts) if num_drafts else []
@@ -489,7 +373,7 @@ class Scheduler:
 
         So a long prompt gets on whatever comes after it, and a short one behind it is read at once.
         """
-        budget = self.options.max_batch_tokens - num_used
+        budget = self._budget - num_used
         oldest, *others = reading
         chunk_lens = {oldest: min(oldest.num_left, (budget + 1) // 2)}
         budget -= chunk_lens[oldest]
@@ -510,7 +394,7 @@ class Scheduler:
 
     def _check_commit(self, work: Work, accepted: list[int]) -> None:
         sequence = work.sequence
-        if sequence._state is not _State.RUNNING or sequence.num_computed != work.start:
+        if sequence._state is not State.RUNNING or sequence.num_computed != work.start:
             raise EngineError(f"{sequence!r} has no work at {work.start} to commit")
         least, most = (1, 1 + work.num_drafts) if work.wants_token else (0, 0)
         if not least <= len(accepted) <= most:

@@ -55,7 +55,7 @@ class Transcript:
         self.finish_reason: FinishReason | None = None
         self._texts: list[str] = []
         self._tokenizer = tokenizer
-        self._pieces = tokenizer.stream()
+        self._pieces = tokenizer.stream(begun=True)
         self._stop = StopStrings(params.stop, include_stop=include_stop)
         self._max_new = max_new
         self._stop_ids = params.stop_token_ids

@@ -5,15 +5,17 @@ forms are added beside it and held to it by tests.
 """
 
 from longwing.kernels.attention import (
-    AttentionInputs,
     AttentionSpec,
-    KVPages,
     alibi_slopes,
     attend,
     paged_attention,
+    paired,
     rotate,
-    write_kv,
+    turn,
+    turns,
 )
+from longwing.kernels.cpu import CpuWeight, DenseWeight, Int4Weight, Int8Weight
+from longwing.kernels.pages import KV_DTYPES, AttentionInputs, KVPages, write_kv
 from longwing.kernels.wna16 import (
     BITS,
     DEQUANTISE_TILE,
@@ -27,8 +29,13 @@ from longwing.kernels.wna16 import (
 __all__ = [
     "BITS",
     "DEQUANTISE_TILE",
+    "KV_DTYPES",
     "AttentionInputs",
     "AttentionSpec",
+    "CpuWeight",
+    "DenseWeight",
+    "Int4Weight",
+    "Int8Weight",
     "KVPages",
     "PackedWeight",
     "alibi_slopes",
@@ -37,7 +44,10 @@ __all__ = [
     "pack",
     "packed_matmul",
     "paged_attention",
+    "paired",
     "rotate",
+    "turn",
+    "turns",
     "unpack",
     "write_kv",
 ]

@@ -5,6 +5,9 @@ Projections are the model's business; pages and their owners are the engine's.
 Shape key: T packed tokens, N query heads, K KV heads, H head dim, F = H / 2.
 """
 
+from dataclasses import dataclass
+from functools import cached_property
+
 from torch import Tensor, nn
 
 from longwing.kernels import (
@@ -13,11 +16,22 @@ from longwing.kernels import (
     attend,
     paged_attention,
     rotate,
+    turns,
     write_kv,
 )
 
-Rotation = tuple[Tensor, Tensor]
-"""cos_TF and sin_TF: how each token's queries and keys are turned."""
+
+@dataclass(frozen=True, kw_only=True)
+class Rotation:
+    """How each token's queries and keys are turned; one for all layers of a step."""
+
+    cos_TF: Tensor
+    sin_TF: Tensor
+
+    @cached_property
+    def turns_T1F(self) -> Tensor:
+        """The same as complex numbers, for layers that keep rotary pairs side by side."""
+        return turns(self.cos_TF, self.sin_TF)
 
 
 class Attention(nn.Module):
@@ -38,7 +52,7 @@ class Attention(nn.Module):
     ) -> Tensor:
         """Returns (T, N * H)."""
         if rotation is not None:
-            q_TNH, k_TKH = rotate(q_TNH, *rotation), rotate(k_TKH, *rotation)
+            q_TNH, k_TKH = (rotate(x, rotation.cos_TF, rotation.sin_TF) for x in (q_TNH, k_TKH))
         if inputs is None:
             return attend(q_TNH, k_TKH, v_TKH, self.spec).flatten(1)
         pages = inputs.pages[self.layer]

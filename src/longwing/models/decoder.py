@@ -116,6 +116,7 @@ class Decoder(nn.Module):
         if inputs is not None:
             if inputs.cos_TF is None or inputs.sin_TF is None:
                 raise ValueError("a rotary model needs cos_TF and sin_TF in its attention inputs")
-            return inputs.cos_TF, inputs.sin_TF
+            return Rotation(cos_TF=inputs.cos_TF, sin_TF=inputs.sin_TF)
         rung = self.rotary.rung_for(len(positions_T), 0)
-        return self.rotary.rows(rung, positions_T)
+        cos_TF, sin_TF = self.rotary.rows(rung, positions_T)
+        return Rotation(cos_TF=cos_TF, sin_TF=sin_TF)

@@ -133,16 +133,22 @@ class DecodeStream:
         decoder: the model's.
         bytes_of: what an id adds to the text, and whether it begins it, as bytes.
         skipped: ids that leave no trace (special tokens).
+        begun: the text has begun before, so nothing is dropped at its beginning.
     """
 
     def __init__(
-        self, decoder: Decoder, bytes_of: Callable[[int, bool], bytes], skipped: Collection[int]
+        self,
+        decoder: Decoder,
+        bytes_of: Callable[[int, bool], bytes],
+        skipped: Collection[int],
+        *,
+        begun: bool = False,
     ) -> None:
         self._bytes_of = bytes_of
         self._skipped = skipped
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        self._first = True
-        self._strip_char, self._to_strip = decoder.strip_char, decoder.strip
+        self._first = not begun
+        self._strip_char, self._to_strip = decoder.strip_char, 0 if begun else decoder.strip
 
     def push(self, token_id: int) -> str:
         """The text that is certain now and was not before. Constant time.

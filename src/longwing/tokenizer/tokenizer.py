@@ -16,7 +16,7 @@ import operator
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
@@ -26,12 +26,16 @@ from longwing.tokenizer.backend import encode, frame, inside_copy, plain_copy, r
 from longwing.tokenizer.chat import NAMED_TEMPLATES, ChatTemplate, check_text, checked_messages
 from longwing.tokenizer.decode_stream import REPLACEMENT, DecodeStream, read_decoder
 from longwing.tokenizer.files import TokenizerFiles, read_files
-from longwing.tokenizer.guard import Guard, Segment
+from longwing.tokenizer.guard import Guard, Marks, Segment
+from longwing.tokenizer.nested import is_word, texts, with_texts
 
 MAX_VOCAB = 2**24
 """Ids must lie below this, or below the caller's limit."""
 
 _CHAT_MARKUP = re.compile(r"<\|.+\|>")
+_TOOLS = re.compile(r"\btools\b")
+_ENDS = range(0x1342E, 0x13000, -1)
+"""Characters of which one can mark the end of a message; `guard.py` takes from the other end."""
 
 
 class Tokenizer:
@@ -171,10 +175,16 @@ class Tokenizer:
         stream = self.stream(skip_special=skip_special)
         return stream.push_all(self._checked(token_ids)) + stream.flush()
 
-    def stream(self, *, skip_special: bool = True) -> DecodeStream:
-        """Decodes an answer as it comes; the pieces put together are `decode` of all its ids."""
+    def stream(self, *, skip_special: bool = True, begun: bool = False) -> DecodeStream:
+        """Decodes tokens as they come; the pieces put together are `decode` of all ids.
+
+        Args:
+            skip_special: leave special tokens out.
+            begun: the tokens go on a text that has begun, as an answer goes on its prompt, so that
+                a first `▁world` keeps its space.
+        """
         skipped = self.special_ids if skip_special else frozenset[int]()
-        return DecodeStream(self._decoder, self._bytes_of, skipped)
+        return DecodeStream(self._decoder, self._bytes_of, skipped, begun=begun)
 
     @property
     def has_chat_template(self) -> bool:
@@ -191,30 +201,46 @@ class Tokenizer:
 
     def chat(
         self,
-        messages: Sequence[Mapping[str, str]],
+        messages: Sequence[Mapping[str, Any]],
         *,
         template: str | None = None,
         add_generation_prompt: bool = True,
+        continue_final: bool = False,
+        tools: Sequence[Mapping[str, Any]] = (),
+        flags: Mapping[str, bool] | None = None,
     ) -> list[int]:
-        """The ids of a conversation. Special tokens inside messages are text.
+        """The ids of a conversation. Special tokens inside messages and tools are text.
 
         Args:
-            messages: {"role": "user", "content": ...}; further fields are text as well.
+            messages: {"role": "user", "content": ...}; further fields are text as well, but for
+                `tool_calls`, which is nested JSON.
             template: a name from `template_names`; None is the model's own.
             add_generation_prompt: end with what begins an answer.
+            continue_final: end within the last message, so that the answer goes on with it.
+            tools: functions that may be called, as JSON; see `takes_tools`.
+            flags: switches that the template knows, such as enable_thinking.
 
         Raises:
             TemplateError: there is no such template, it lacks a token, or it fails or refuses.
-            RequestError: the messages are not what `checked_messages` accepts.
+            RequestError: the messages are not what `checked_messages` accepts, or tools not JSON.
         """
-        chosen, before = self._template(template)
-        marked, marks = self._guard.mark(checked_messages(messages), chosen.source)
+        chosen, before = self._template(template, for_tools=bool(tools))
+        turns, offered, marks = self._guarded(messages, tools, chosen.source)
+        end = _unused(f"{turns}{offered}{chosen.source}") if continue_final else ""
+        if end:
+            turns[-1] = {**turns[-1], "content": turns[-1]["content"] + end}
+        variables: dict[str, Any] = {**self._variables, **(flags or {}), "tools": offered or None}
         rendered = chosen.render(
-            marked,
-            add_generation_prompt=add_generation_prompt,
-            variables=self._variables,
-            keep=marks.all if marks else "",
+            turns,
+            add_generation_prompt=add_generation_prompt and not continue_final,
+            variables=variables,
+            keep=(marks.all if marks else "") + end,
         )
+        if end:
+            rendered, found, _ = rendered.rpartition(end)
+            if not found:
+                raise TemplateError("the chat template does not show the message to continue")
+            rendered = rendered.replace(end, "")
         check_text(rendered, "the rendered chat")
         segments, num_special = self._guard.split(rendered, marks)
         ids = [at for place, part in enumerate(segments) for at in self._segment(place, part)]
@@ -224,6 +250,11 @@ class Tokenizer:
                 "would read as that token; leave it out"
             )
         return [*before, *ids]
+
+    def takes_tools(self, template: str | None = None) -> bool:
+        """Whether a template (None: the model's own) has a place for tools and calls of them."""
+        chosen, _ = self._template(template, for_tools=True)
+        return _TOOLS.search(chosen.source) is not None
 
     def render_chat(
         self,
@@ -245,9 +276,41 @@ class Tokenizer:
             variables=self._variables,
         )
 
-    def _template(self, name: str | None) -> tuple[ChatTemplate, list[int]]:
-        """A template by name, and the ids that stand before its text."""
-        own = self._templates.get(name or "default")
+    def _guarded(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]], source: str
+    ) -> tuple[list[dict[str, Any]], Any, Marks | None]:
+        """Messages and tools with the guard's marks in them, and the marks."""
+        turns = checked_messages(
+            [{name: text for name, text in m.items() if name != "tool_calls"} for m in messages]
+            if all(isinstance(m, Mapping) for m in messages)
+            else messages
+        )
+        nested = [[m.get("tool_calls") for m in messages], tools]
+        words = [*texts(nested, "tools or tool_calls")]
+        loose = [{"role": "", "text": text} for text in words if not is_word(text)]
+        marked, marks = self._guard.mark([*turns, *loose], source)
+        others = (message["text"] for message in marked[len(turns) :])
+        calls, offered = with_texts(
+            nested, (text if is_word(text) else next(others) for text in words)
+        )
+        return (
+            [
+                {**turn, "tool_calls": called} if called else dict(turn)
+                for turn, called in zip(marked[: len(turns)], calls, strict=True)
+            ],
+            offered,
+            marks,
+        )
+
+    def _template(
+        self, name: str | None, *, for_tools: bool = False
+    ) -> tuple[ChatTemplate, list[int]]:
+        """A template by name, and the ids that stand before its text.
+
+        A model may bring a second template, for use with tools.
+        """
+        own = self._templates.get(name or ("tool_use" if for_tools else "default"))
+        own = own or self._templates.get(name or "default")
         if own is not None:
             return own, []
         known = ", ".join(self.template_names)
@@ -317,6 +380,15 @@ class Tokenizer:
 def _is_control(token: AddedToken) -> bool:
     """Special, or of the shape of chat markup, which some folders forget to call special."""
     return token.special or _CHAT_MARKUP.fullmatch(token.content) is not None
+
+
+def _unused(text: str) -> str:
+    """A character that does not stand in the text."""
+    used = set(text)
+    unused = next((chr(code) for code in _ENDS if chr(code) not in used), None)
+    if unused is None:
+        raise RequestError("the messages use every rare character; shorten them")
+    return unused
 
 
 def _whole(token_id: int) -> int:

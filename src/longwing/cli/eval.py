@@ -1,0 +1,217 @@
+"""`longwing eval`: ask a model what it can find, choose and foretell at length."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from longwing.cli.console import AsJson, note, print_json, print_rows, progress
+from longwing.cli.eval_model import LocalModel
+from longwing.cli.eval_served import ServedModel
+from longwing.cli.generate import TemplateOption
+from longwing.cli.loading import load_generator
+from longwing.cli.options import LoadOptions, ModelArgument, filled_by, find_model, length
+from longwing.demo import DEMO_NAME
+from longwing.errors import EvalError
+from longwing.evals.charts import column_name
+from longwing.evals.journal import Run
+from longwing.evals.run import TASKS, Plan
+from longwing.evals.run import run as run_plan
+from longwing.evals.table import Row, rows
+from longwing.evals.task import Model
+
+Lengths = Annotated[
+    str | None,
+    typer.Option(
+        help="Tokens of prompt and answer together, e.g. 4k,8k,16k (k = 1024); of a window for "
+        "perplexity. Without it: doubling from 1k to the context; 2k for perplexity."
+    ),
+]
+
+
+@filled_by(LoadOptions, "Loading")
+def evaluate(
+    *,
+    model: ModelArgument = DEMO_NAME,
+    tasks: Annotated[str, typer.Option(help=f"Some of {','.join(TASKS)}.")] = "lines,passkey",
+    lengths: Lengths = None,
+    depths: Annotated[
+        str | None,
+        typer.Option(
+            help="Where the answer lies: 0 (start) to 1 (end), e.g. 0,0.5,1; cases are spread over "
+            "them. Without it: five depths; for topics the first, as published."
+        ),
+    ] = None,
+    cases: Annotated[
+        int | None,
+        typer.Option(min=1, help="Cases of each length; without it 20 if generated, else all."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Another seed, other cases.")] = 0,
+    data: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="A folder: LongChat's cases of topics and lines; .jsonl: QuALITY's questions; "
+            "another file: perplexity's text. Repeatable.",
+            exists=True,
+        ),
+    ] = None,
+    columns: Annotated[
+        str | None, typer.Option(help="Which of LongChat's columns, e.g. 5,10,200,400.")
+    ] = None,
+    characters: Annotated[
+        str | None,
+        typer.Option(help="Pass key: characters of filler, as published, e.g. 12000,20000."),
+    ] = None,
+    stride: Annotated[
+        int | None,
+        typer.Option(min=1, help="Perplexity: tokens from one window to the next; they overlap."),
+    ] = None,
+    tokens: Annotated[
+        str | None, typer.Option(help="Perplexity: read no more of the text than this, e.g. 64k.")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Where every case is recorded, JSON lines. The same command goes on where it was "
+            "interrupted.",
+            dir_okay=False,
+        ),
+    ] = None,
+    restart: Annotated[bool, typer.Option("--restart", help="Forget what --out holds.")] = False,
+    name: Annotated[str | None, typer.Option(help="What reports call the model.")] = None,
+    template: TemplateOption = "auto",
+    url: Annotated[
+        str | None, typer.Option(help="Ask the server there, e.g. http://127.0.0.1:8080.")
+    ] = None,
+    api_key: Annotated[
+        str | None, typer.Option(help="For --url.", envvar="LONGWING_API_KEY")
+    ] = None,
+    concurrency: Annotated[int, typer.Option(min=1, help="With --url: questions at a time.")] = 1,
+    as_json: AsJson = False,
+    load: LoadOptions,
+) -> None:
+    """Measure retrieval, comprehension and loss by input length, on a model or a server.
+
+    Interrupt it as you like: with --out nothing finished is asked again. `longwing report` draws
+    what --out holds.
+
+    Examples:
+      longwing eval models/falcon --tasks lines,passkey --lengths 4k,8k,16k --out runs/falcon.jsonl
+      longwing eval models/falcon --tasks topics,lines --data LongChat/longeval/evaluation
+      longwing eval models/falcon --tasks perplexity --data book.txt --lengths 2k,8k --json
+    """
+    plan = _plan(
+        tasks=_words(tasks),
+        lengths=tuple(map(length, _words(lengths))),
+        depths=_depths(depths),
+        cases=cases,
+        seed=seed,
+        columns=_counts("--columns", columns),
+        characters=_counts("--characters", characters),
+        stride=stride,
+        tokens=None if tokens is None else length(tokens),
+        **_data(data or []),
+    )
+    if url is None and concurrency > 1:
+        raise typer.BadParameter("--concurrency needs --url: a loaded model answers one by one")
+    with (
+        _model(model, name, template, load, url, api_key) as asked,
+        progress("evaluating") as advance,
+    ):
+        done = run_plan(
+            asked, plan, out, concurrency=concurrency, restart=restart, progress=advance
+        )
+    if as_json:
+        print_json(_facts(done))
+    else:
+        print_rows(asked.name, [_line(row) for row in rows(done.records)])
+    if out is None:
+        note("nothing was kept; give --out FILE.jsonl to keep the cases and to draw a report")
+
+
+@contextmanager
+def _model(
+    model: str,
+    name: str | None,
+    template: str,
+    load: LoadOptions,
+    url: str | None,
+    api_key: str | None,
+) -> Iterator[Model]:
+    """Who is asked: a server, or a folder loaded here."""
+    if url is None:
+        folder = find_model(model)
+        yield LocalModel(load_generator(folder, load), name or folder.name, template)
+        return
+    idle = [key for key, value in asdict(load).items() if value not in (None, "auto")]
+    if idle or model != DEMO_NAME:
+        given = "a MODEL" if model != DEMO_NAME else f"--{idle[0]}"
+        raise typer.BadParameter(
+            f"--url asks a server, which {given} does not change; leave it out"
+        )
+    if template not in ("auto", "plain"):
+        raise typer.BadParameter("with --url the server's own template is used; or plain for none")
+    with ServedModel(url, name=name, api_key=api_key, template=template) as served:
+        yield served
+
+
+def _plan(**settings: object) -> Plan:
+    """The plan; what no run can have is a usage error."""
+    try:
+        return Plan(**settings)  # type: ignore[arg-type]
+    except EvalError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+def _data(paths: list[Path]) -> dict[str, Path]:
+    """Which task each path is for, by its kind."""
+    found: dict[str, Path] = {}
+    for path in paths:
+        kind = "longchat" if path.is_dir() else "quality" if path.suffix == ".jsonl" else "text"
+        if kind in found:
+            raise typer.BadParameter(f"--data {found[kind]} and {path} are for the same task")
+        found[kind] = path
+    return found
+
+
+def _words(text: str | None) -> tuple[str, ...]:
+    return tuple(word.strip() for word in (text or "").split(",") if word.strip())
+
+
+def _counts(option: str, text: str | None) -> tuple[int, ...]:
+    words = _words(text)
+    for word in words:
+        if not word.isdecimal():
+            raise typer.BadParameter(f'"{word}" in {option} is not a whole number')
+    return tuple(map(int, words))
+
+
+def _depths(text: str | None) -> tuple[float, ...]:
+    try:
+        return tuple(map(float, _words(text)))
+    except ValueError:
+        raise typer.BadParameter(f'"{text}" is no list of depths; write it like 0,0.5,1') from None
+
+
+def _facts(done: Run) -> object:
+    """Rows; of a lone perplexity task one object, that of its greatest length, with all rows."""
+    found = [row.to_json() for row in rows(done.records)]
+    measured = [row for row in found if row["task"] == "perplexity" and row["tokens"]]
+    if measured and len({str(row["task"]) for row in found}) == 1:
+        return {**measured[-1], "rows": found}
+    return found
+
+
+def _line(row: Row) -> tuple[str, ...]:
+    """One cell for people."""
+    label = f"{row.task} {row.subset}".strip(), column_name(row.column)
+    too_long = f"too long for the context: {row.num_too_long}" if row.num_too_long else ""
+    if row.perplexity is not None:
+        return (*label, f"perplexity {row.perplexity:.5g}", f"{row.tokens:,} tokens", too_long)
+    if row.accuracy is None or row.low is None or row.high is None:
+        return (*label, "not asked", "", too_long)
+    interval = f"{100 * row.low:.0f} to {100 * row.high:.0f} %, {row.num_cases} cases"
+    return (*label, f"{100 * row.accuracy:.0f} %", interval, too_long)
