@@ -31,7 +31,9 @@ class Simulation:
 
     def __init__(self, num_pages=64, page_len=4, *, seed=0, cache=None, vocab_size=3, **options):
         self.cache = PageCache(num_pages, page_len, **(cache or {}))
-        self.options = SchedulerOptions(**{"max_batch_tokens": 32, **options})
+        self.options = SchedulerOptions(
+            **{"max_batch_tokens": 32, "max_draft": 8, "draft_sequences": 4, **options}
+        )
         self.scheduler = Scheduler(self.cache, self.options)
         self.rng = random.Random(seed)
         self.vocab_size = vocab_size

@@ -1,7 +1,7 @@
 """`Engine`: many requests at once over one model, a step at a time.
 
-`add` and `cancel` requests; `step` runs one batch and says what happened. No threads and no clock
-of its own: who drives it (`worker.py`) decides when. The scheduler chooses the work, the runner
+`add` and `cancel` requests; `step` runs one batch and says what happened. It has no loop of its
+own: who drives it (`worker.py`) decides when. The scheduler chooses the work, the runner
 does it, and here logits become tokens, tokens text, and text events.
 
 Shape key: T packed tokens, D model dim, R rows whose logits are wanted, V vocabulary.
@@ -282,6 +282,11 @@ class Engine:
                 events.append((job.id, Failed(kind="generation", message=_NO_TOKEN)))
                 self._end(job)
                 continue
+            except CapacityError as error:
+                _log.error("request %s: %s", job.id, error)
+                events.append((job.id, Failed(kind="generation", message=_NO_MEMORY)))
+                self._end(job)
+                continue
             except GrammarError as error:
                 events.append((job.id, Failed(kind="request", message=str(error))))
                 self._end(job)
@@ -373,7 +378,10 @@ class Engine:
             stop = min(start + _LOGIT_ROWS, done, prompt_len - 1)
             rows = range(start - work.start, stop - work.start)
             targets = ids[start + 1 : stop + 1]
-            reports = prompt_logprobs(self.runner.logits(hidden_TD, rows), targets, num_top)
+            # Here, not around the step: others of the batch have been told their tokens.
+            with out_of_memory(f"the log-probabilities of {len(rows)} prompt tokens"):
+                logits_RV = self.runner.logits(hidden_TD, rows)
+            reports = prompt_logprobs(logits_RV, targets, num_top)
             job.prompt_tokens += [
                 PromptToken(id=token_id, logprob=own, top=tuple(top))
                 for token_id, (own, top) in zip(targets, reports, strict=True)

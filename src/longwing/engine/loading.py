@@ -9,25 +9,24 @@ import platform
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from longwing.engine.engine import Engine
 from longwing.engine.folder import ModelFolder
-from longwing.engine.options import DEFAULT_BATCH_TOKENS, EngineOptions
+from longwing.engine.options import DEFAULTS, EngineOptions
 from longwing.engine.status import EngineInfo
 from longwing.errors import CapacityError, RequestError
 from longwing.models import DTYPES, find_device, load_model
 from longwing.models.prepare import prepare, weight_bytes
-from longwing.plan import RUNTIME_BYTES, format_size, kv_bytes_per_token
+from longwing.plan import PREFILL_CHUNK, RUNTIME_BYTES, format_size, kv_bytes_per_token
 
 _GPU_SHARE = 0.92
 """Part of a GPU's free memory that is used when no limit is given: other processes need some."""
 
 _HOST_SHARE = 0.5
 """Part of the host's free memory that pages may take. Unused pages cost nothing there."""
-
-_NUM_BATCH_TOKENS = {"cuda": 2048, "cpu": DEFAULT_BATCH_TOKENS}
 
 
 def load_engine(
@@ -50,8 +49,10 @@ def load_engine(
     options = EngineOptions() if options is None else options
     device = find_device(options.device)
     folder = ModelFolder.open(path, options.rope)
-    if options.max_batch_tokens is None:
-        options = replace(options, max_batch_tokens=_NUM_BATCH_TOKENS[device.type])
+    unset: dict[str, Any] = {
+        k: v for k, v in DEFAULTS[device.type].items() if getattr(options, k) is None
+    }
+    options = replace(options, **unset)
     if device.type == "cpu":
         exact = options.dtype == "float32" and options.cpu_weights == "auto"
         forms = {"auto": "float32" if exact else "fast"}.get(
@@ -118,7 +119,7 @@ def _num_pages(folder: ModelFolder, options: EngineOptions, device: torch.device
         context=wanted,
         dtype=options.dtype,
         kv_dtype=kv_word,
-        prefill_chunk=options.max_batch_tokens or _NUM_BATCH_TOKENS[device.type],
+        prefill_chunk=options.max_batch_tokens or PREFILL_CHUNK,
     )
     beside = planned.weights.total + planned.workspace.total if planned else 0
     room = _memory(options, device) - beside

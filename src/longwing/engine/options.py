@@ -3,6 +3,7 @@
 Plain values only, so that they can be sent to the process that obeys them.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,8 +15,12 @@ KV_DTYPES = ("auto", "float32", "float16", "bfloat16", "int8")
 CPU_WEIGHTS = ("auto", "fast", "small", "float32")
 """Forms of a model's matrices on a CPU."""
 
-DEFAULT_BATCH_TOKENS = 512
-"""Tokens in one step at most, where nobody says."""
+DEFAULTS: Mapping[str, Mapping[str, int]] = {
+    # More than 4 tokens in a step leave the 4-bit kernel for a form that costs twice as much.
+    "cpu": {"max_batch_tokens": 512, "max_draft": 3, "draft_sequences": 1},
+    "cuda": {"max_batch_tokens": 2048, "max_draft": 8, "draft_sequences": 4},
+}
+"""What is unset, by the kind of device; measured by bench/serve.py."""
 
 LONGEST = 2**30
 
@@ -38,12 +43,14 @@ class SchedulerOptions:
         "Unset: 2048 on a GPU, 512 on a CPU."
     )  # fmt: skip
     max_waiting: int = _whole(1024, 0, 2**20, "Sequences that may wait for their turn.")
-    max_draft: int = _whole(
-        8, 0, 64, "Tokens guessed ahead from the text so far and checked in one step; 0: off."
-    )
-    draft_sequences: int = _whole(
-        4, 0, 4096, "Guess ahead only while at most so many sequences are at work."
-    )
+    max_draft: int | None = _whole(
+        None, 0, 64, "Tokens guessed ahead from the text so far and checked in one step; 0: off. "
+        "Unset: 8 on a GPU, 3 on a CPU."
+    )  # fmt: skip
+    draft_sequences: int | None = _whole(
+        None, 0, 4096, "Guess ahead only while at most so many sequences are at work. "
+        "Unset: 4 on a GPU, 1 on a CPU."
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         for name, setting in self.__dataclass_fields__.items():

@@ -19,7 +19,7 @@ from collections.abc import Iterable
 
 from longwing.engine.cache import PageCache
 from longwing.engine.lookup import PromptLookup
-from longwing.engine.options import DEFAULT_BATCH_TOKENS, SchedulerOptions
+from longwing.engine.options import DEFAULTS, SchedulerOptions
 from longwing.engine.sequence import Sequence, State, Work
 from longwing.engine.status import EngineStats
 from longwing.errors import CapacityError, EngineError, OverloadedError, RequestError
@@ -50,7 +50,9 @@ class Scheduler:
         self.cache = cache
         self.options = options
         # A step must have a token for each at work, or the last of them would never get on.
-        self._budget = options.max_batch_tokens or DEFAULT_BATCH_TOKENS
+        self._budget = _set(options, "max_batch_tokens")
+        self._max_draft = _set(options, "max_draft")
+        self._draft_sequences = _set(options, "draft_sequences")
         self._max_running = min(options.max_sequences, self._budget)
         self._running: list[Sequence] = []  # both oldest first
         self._waiting: list[Sequence] = []
@@ -335,7 +337,7 @@ class Scheduler:
 
     def _decode(self, decoding: list[Sequence]) -> list[Work]:
         """A token for each, and drafts if few are at work, from at most half of what is left."""
-        is_drafting = 0 < len(self._running) <= self.options.draft_sequences
+        is_drafting = 0 < len(self._running) <= self._draft_sequences
         num_drafts = (self._budget - len(decoding)) // 2 if is_drafting else 0
         works = []
         for sequence in decoding:
@@ -349,7 +351,7 @@ class Scheduler:
         """What may follow, as far as pages can be had and the sequence may grow."""
         num_tokens = len(sequence.tokens)
         # The last token of a text is never drafted: one more than the drafts is accepted.
-        limit = min(limit, self.options.max_draft, sequence.max_len - num_tokens - 1)
+        limit = min(limit, self._max_draft, sequence.max_len - num_tokens - 1)
         lookup = self._index(sequence) if limit > 0 else None
         if lookup is None or len(lookup) < num_tokens:
             return []
@@ -360,10 +362,10 @@ class Scheduler:
 
     def _index(self, sequence: Sequence) -> PromptLookup | None:
         """The sequence's lookup, some way further; None if it does not want one."""
-        if not self.options.max_draft or not sequence.can_draft:
+        if not self._max_draft or not sequence.can_draft:
             return None
         if sequence._lookup is None:
-            sequence._lookup = PromptLookup(max_draft=self.options.max_draft)
+            sequence._lookup = PromptLookup(max_draft=self._max_draft)
         done = len(sequence._lookup)
         sequence._lookup.extend(sequence.tokens[done : done + _INDEX_STEP])
         return sequence._lookup
@@ -388,7 +390,7 @@ class Scheduler:
                 start, stop = sequence.num_computed, sequence.num_computed + chunk_len
                 is_last = stop == len(sequence.tokens)
                 works.append(Work(sequence, start, sequence.tokens[start:stop], 0, is_last))
-                if len(self._running) <= self.options.draft_sequences:
+                if len(self._running) <= self._draft_sequences:
                     self._index(sequence)  # now, so that the first drafts need not wait for it
         return works
 
@@ -405,6 +407,12 @@ class Scheduler:
         drafts = work.token_ids[len(work.token_ids) - work.num_drafts :]
         if accepted[:-1] != drafts[: max(len(accepted) - 1, 0)]:
             raise EngineError(f"sequence {sequence.id} accepted tokens that were not drafted")
+
+
+def _set(options: SchedulerOptions, name: str) -> int:
+    """A limit; where it is unset, a CPU's."""
+    value: int | None = getattr(options, name)
+    return DEFAULTS["cpu"][name] if value is None else value
 
 
 def _age(sequence: Sequence) -> int:

@@ -6,9 +6,9 @@ pools) is paid here. It also proves that the largest step fits the memory.
 
 from longwing.engine.engine import Engine
 from longwing.engine.events import Failed
-from longwing.engine.options import DEFAULT_BATCH_TOKENS
 from longwing.engine.request import Request, SamplingParams
 from longwing.errors import CapacityError
+from longwing.plan import PREFILL_CHUNK
 
 _NUM_DECODED = 4
 
@@ -19,9 +19,7 @@ def warm_up(engine: Engine) -> None:
     Raises:
         CapacityError: a full step does not fit the memory.
     """
-    chunk = min(
-        engine.options.max_batch_tokens or DEFAULT_BATCH_TOKENS, engine.context - _NUM_DECODED
-    )
+    chunk = min(engine.options.max_batch_tokens or PREFILL_CHUNK, engine.context - _NUM_DECODED)
     params = SamplingParams(max_new_tokens=_NUM_DECODED, ignore_eos=True)
     vocab_size = engine.model.config.vocab_size
     if chunk < 1:
