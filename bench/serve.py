@@ -3,15 +3,16 @@
     python bench/serve.py --model smollm2-4bit --dense smollm2 --gguf smollm2.gguf \
         --llama-python llama-venv/bin/python
 
-Three systems run one after another, in rounds, in one run, on the same prompts: `longwing serve`
-over HTTP with as many streaming clients; transformers' `generate` on the dense model, all prompts
-in one padded batch; and llama.cpp (through llama-cpp-python's own interpreter, if one is given)
-decoding as many sequences at once through its batch interface. All get the same number of threads.
+The systems run one after another, in rounds, in one run, on the same prompts: `longwing serve` over
+HTTP with as many streaming clients; its engine alone, in process; transformers' `generate` on the
+dense model, all prompts in one padded batch; and llama.cpp (through llama-cpp-python's own
+interpreter, if one is given) decoding as many sequences at once through its batch interface. All
+get the same number of threads.
 The ratio of two systems in one round is what counts: machines are noisy.
 
-Prompts are passages of English; answers are greedy, of a fixed length. longwing's figures are those
-of its clients: they include HTTP, scheduling, sampling and text; the other two are called in
-process and have none of that.
+Prompts are passages of English; answers are greedy, of a fixed length. The figures of `longwing`
+are those of its clients, which run on the same cores: they include HTTP, two processes and the
+clients' own work. The others are called in process and have none of that.
 """
 
 import argparse
@@ -126,6 +127,39 @@ def longwing(url: str, num: int, num_new: int) -> Figures:
 
     found = asyncio.run(main())
     return figures([began for began, _ in found], [times for _, times in found])
+
+
+class EngineAlone:
+    """The batching engine in this process, driven step by step."""
+
+    def __init__(self, folder: Path, threads: int, options: dict[str, Any]) -> None:
+        import torch
+
+        from longwing.engine.loading import load_engine
+        from longwing.engine.options import EngineOptions
+        from longwing.engine.warmup import warm_up
+
+        torch.set_num_threads(threads)
+        self.engine, _ = load_engine(folder, EngineOptions(prefix_cache=False, **options))
+        warm_up(self.engine)
+
+    def __call__(self, num: int, num_new: int) -> Figures:
+        from longwing.engine.events import Step
+        from longwing.engine.request import Request, SamplingParams
+
+        params = SamplingParams(max_new_tokens=num_new, ignore_eos=True)
+        began = time.perf_counter()
+        for place, prompt in enumerate(prompts(num)):
+            ids = tuple(self.engine.tokenizer.encode(prompt))
+            self.engine.add(str(place), Request(prompt_ids=ids, params=params))
+        times: list[list[float]] = [[] for _ in range(num)]
+        while self.engine.busy:
+            events = self.engine.step()
+            now = time.perf_counter()
+            for name, event in events:
+                if isinstance(event, Step):
+                    times[int(name)].append(now)
+        return figures([began] * num, times)
 
 
 class Transformers:
@@ -252,6 +286,8 @@ def main() -> None:
     options += ["--max-sequences", str(max(args.streams)), "--no-prefix-cache"]
     with serving(args.model, args.threads, options) as url:
         systems: dict[str, Any] = {"longwing": lambda num, new: longwing(url, num, new)}
+        limits = {"max_sequences": max(args.streams)}
+        systems["longwing engine"] = EngineAlone(args.model, args.threads, limits)
         if args.dense:
             systems["transformers"] = Transformers(args.dense, args.threads)
         if args.gguf and args.llama_python:
@@ -272,11 +308,13 @@ def report(num: int, rounds: dict[str, list[Figures]]) -> None:
             for field in asdict(found[0])
         }
         ratios = {}
-        if name != "longwing":
+        if not name.startswith("longwing"):
             for field in ("tokens_per_s", "decode_per_s"):
-                pairs = zip(rounds["longwing"], found, strict=True)
-                ratio = statistics.median(getattr(a, field) / getattr(b, field) for a, b in pairs)
-                ratios[f"longwing_over_{field}"] = round(ratio, 2)
+                for ours in ("longwing", "longwing engine"):
+                    pairs = zip(rounds[ours], found, strict=True)
+                    each = [getattr(a, field) / getattr(b, field) for a, b in pairs]
+                    word = ours.replace(" ", "_")
+                    ratios[f"{word}_over_{field}"] = round(statistics.median(each), 2)
         print(json.dumps({"streams": num, "system": name, **middle, **ratios}), flush=True)
 
 

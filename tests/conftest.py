@@ -1,10 +1,15 @@
 """Tiny models that transformers makes and saves, for every room's tests."""
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    # Before anything imports Triton: without a GPU its kernels run through its interpreter.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from longwing import demo
 from tiny import ARCHITECTURES, save_model, write_tokenizer

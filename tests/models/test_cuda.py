@@ -46,7 +46,7 @@ def test_packed_weights_on_a_gpu_give_the_cpu_s_logits(
     expected_TV = load(tmp_path, device="cpu", dtype="float32").logits(tokens)
     gpu = load(tmp_path, device="cuda", dtype=dtype)
     assert gpu.model.lm_head.weight is gpu.model.embedding.weight
-    assert next(linear for _, linear in gpu.model.linears()).packed is not None
+    assert next(linear for _, linear in gpu.model.linears()).streamed is not None
     error = (gpu.logits(tokens).cpu() - expected_TV).abs().max() / expected_TV.abs().max()
     assert error < (0.05 if dtype == "bfloat16" else 0.01)
 

@@ -48,7 +48,7 @@ class LocalModel:
         """What it is and how it runs."""
         model = self._generator.model
         config = model.config
-        packed = [linear.packed for _, linear in model.linears() if linear.packed is not None]
+        packed = [linear for _, linear in model.linears() if linear.weight is None]
         return {
             "architecture": f"{config.family}, {config.num_layers} layers of {config.hidden_size}",
             "vocab_size": config.vocab_size,

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from longwing.cli.options import LoadOptions
-from longwing.engine.options import EngineOptions
+from longwing.engine.options import DEFAULTS, EngineOptions
 from longwing.errors import ConfigError
 from longwing.server.options import ServerOptions
 
@@ -149,7 +149,8 @@ class LauncherFlags:
         tokens = self.max_batch_total_tokens
         if tokens is None:
             return options
-        return replace(options, num_pages=-(-tokens // options.page_len))
+        page_len = options.page_len or DEFAULTS["cuda"]["page_len"]
+        return replace(options, page_len=page_len, num_pages=-(-tokens // page_len))
 
     def server(self, options: ServerOptions) -> ServerOptions:
         """The flags that are called differently here, and TGI's checks between flags."""

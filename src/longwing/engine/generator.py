@@ -24,6 +24,7 @@ from longwing.errors import ContextLengthError, RequestError, SamplingError
 from longwing.kernels import AttentionInputs, KVPages
 from longwing.models import DTYPES, Decoder, find_device, load_model
 from longwing.models.memory import out_of_memory
+from longwing.models.streaming import stream_weights
 from longwing.plan import PREFILL_CHUNK, RUNTIME_BYTES, require_fit
 from longwing.rope import RopeConfig
 from longwing.tokenizer import Tokenizer
@@ -312,6 +313,8 @@ class _Sequence:
             pages=self.pages,
             cos_TF=cos_TF,
             sin_TF=sin_TF,
+            most_new=end - start,
+            most_context=end,
         )
         tokens_T = torch.tensor(token_ids, dtype=torch.int64, device=device)
         self.len = end
@@ -359,6 +362,8 @@ def load(
         rope=None if rope is None else folder.config.rope,
         progress=progress,
     )
+    if where.type == "cuda":
+        stream_weights(model)
     return Generator(model, folder.tokenizer)
 
 

@@ -20,6 +20,7 @@ from longwing.engine.status import EngineInfo
 from longwing.errors import CapacityError, RequestError
 from longwing.models import DTYPES, find_device, load_model
 from longwing.models.prepare import prepare, weight_bytes
+from longwing.models.streaming import stream_weights
 from longwing.plan import PREFILL_CHUNK, RUNTIME_BYTES, format_size, kv_bytes_per_token
 
 _GPU_SHARE = 0.92
@@ -50,7 +51,7 @@ def load_engine(
     device = find_device(options.device)
     folder = ModelFolder.open(path, options.rope)
     unset: dict[str, Any] = {
-        k: v for k, v in DEFAULTS[device.type].items() if getattr(options, k) is None
+        k: v for k, v in DEFAULTS[device.type].items() if _is_unset(options, k)
     }
     options = replace(options, **unset)
     if device.type == "cpu":
@@ -74,8 +75,15 @@ def load_engine(
     )
     if device.type == "cpu":
         model = prepare(model, options.cpu_weights)
+    else:
+        stream_weights(model)
     engine = Engine(model, folder.tokenizer, options)
     return engine, describe(engine, folder)
+
+
+def _is_unset(options: EngineOptions, name: str) -> bool:
+    value = getattr(options, name)
+    return value is None or (name == "page_len" and value == 0)
 
 
 def describe(engine: Engine, folder: ModelFolder) -> EngineInfo:

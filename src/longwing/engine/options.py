@@ -17,8 +17,8 @@ CPU_WEIGHTS = ("auto", "fast", "small", "float32")
 
 DEFAULTS: Mapping[str, Mapping[str, int]] = {
     # More than 4 tokens in a step leave the 4-bit kernel for a form that costs twice as much.
-    "cpu": {"max_batch_tokens": 512, "max_draft": 3, "draft_sequences": 1},
-    "cuda": {"max_batch_tokens": 2048, "max_draft": 8, "draft_sequences": 4},
+    "cpu": {"page_len": 32, "max_batch_tokens": 512, "max_draft": 3, "draft_sequences": 1},
+    "cuda": {"page_len": 128, "max_batch_tokens": 2048, "max_draft": 8, "draft_sequences": 4},
 }
 """What is unset, by the kind of device; measured by bench/serve.py."""
 
@@ -98,7 +98,9 @@ class EngineOptions(SchedulerOptions):
             "auto: the activations' own."
         },
     )
-    page_len: int = _whole(32, 1, 4096, "Tokens in a page of the KV cache.")
+    page_len: int = _whole(
+        0, 0, 4096, "Tokens in a page of the KV cache; 0: 128 on a GPU, 32 on a CPU."
+    )
     num_pages: int | None = _whole(
         None, 1, LONGEST, "Pages of the KV cache; unset: as many as the memory holds."
     )

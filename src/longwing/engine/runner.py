@@ -73,6 +73,8 @@ class Runner:
             pages=self.pages,
             cos_TF=cos_TF,
             sin_TF=sin_TF,
+            most_new=max(len(work.token_ids) for work in batch),
+            most_context=max(context_lens),
         )
         return self.model(self._ints(tokens), positions_T, inputs)
 

@@ -65,6 +65,8 @@ def run(sock: socket.socket, load: Load) -> None:
     _send(sock, {"op": "ready", "info": asdict(info)})
     with contextlib.closing(engine):
         _serve(sock, engine, inbox)
+    with contextlib.suppress(OSError):  # the other side may have left first
+        sock.shutdown(socket.SHUT_RDWR)  # wakes the reader; to close the socket would not
 
 
 def _serve(

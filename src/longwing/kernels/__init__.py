@@ -14,8 +14,10 @@ from longwing.kernels.attention import (
     turn,
     turns,
 )
+from longwing.kernels.choice import attends_in_triton, chooses_triton
 from longwing.kernels.cpu import CpuWeight, DenseWeight, Int4Weight, Int8Weight
 from longwing.kernels.pages import KV_DTYPES, AttentionInputs, KVPages, write_kv
+from longwing.kernels.streamed import StreamedWeight
 from longwing.kernels.wna16 import (
     BITS,
     DEQUANTISE_TILE,
@@ -38,8 +40,11 @@ __all__ = [
     "Int8Weight",
     "KVPages",
     "PackedWeight",
+    "StreamedWeight",
     "alibi_slopes",
     "attend",
+    "attends_in_triton",
+    "chooses_triton",
     "dequantize",
     "pack",
     "packed_matmul",

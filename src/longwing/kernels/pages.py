@@ -176,6 +176,8 @@ class AttentionInputs:
         cos_TF: (T, F) float32, the rotation of each token under its own sequence's RoPE base;
             None for a model without rotary positions.
         sin_TF: as cos_TF.
+        most_new: no sequence brings more tokens than this, if that is known without looking.
+        most_context: no context is longer than this, likewise.
     """
 
     starts_S1: Tensor
@@ -185,6 +187,8 @@ class AttentionInputs:
     pages: tuple[KVPages, ...]
     cos_TF: Tensor | None = None
     sin_TF: Tensor | None = None
+    most_new: int | None = None
+    most_context: int | None = None
 
     @cached_property
     def spans(self) -> tuple["Span", ...]:

@@ -14,6 +14,7 @@ from longwing.kernels import (
     AttentionInputs,
     AttentionSpec,
     attend,
+    attends_in_triton,
     paged_attention,
     rotate,
     turns,
@@ -51,6 +52,8 @@ class Attention(nn.Module):
         inputs: AttentionInputs | None,
     ) -> Tensor:
         """Returns (T, N * H)."""
+        if inputs is not None and attends_in_triton(q_TNH, inputs.pages[self.layer]):
+            return self._in_triton(q_TNH, k_TKH, v_TKH, rotation, inputs)
         if rotation is not None:
             q_TNH, k_TKH = (rotate(x, rotation.cos_TF, rotation.sin_TF) for x in (q_TNH, k_TKH))
         if inputs is None:
@@ -58,3 +61,28 @@ class Attention(nn.Module):
         pages = inputs.pages[self.layer]
         write_kv(k_TKH, v_TKH, pages, inputs.slots_T)
         return paged_attention(q_TNH, pages, inputs, self.spec).flatten(1)
+
+    def _in_triton(
+        self,
+        q_TNH: Tensor,
+        k_TKH: Tensor,
+        v_TKH: Tensor,
+        rotation: Rotation | None,
+        inputs: AttentionInputs,
+    ) -> Tensor:
+        """The same in two launches, or three where few sequences have long contexts."""
+        from longwing.kernels import paged_triton, write_triton
+
+        pages = inputs.pages[self.layer]
+        cos_TF, sin_TF = (rotation.cos_TF, rotation.sin_TF) if rotation else (None, None)
+        q_TNH = write_triton.rotate_and_write(
+            q_TNH, k_TKH, v_TKH, cos_TF, sin_TF, pages, inputs.slots_T
+        )
+        return paged_triton.paged_attention(
+            q_TNH,
+            pages,
+            inputs,
+            self.spec,
+            most_new=inputs.most_new,
+            most_context=inputs.most_context,
+        ).flatten(1)

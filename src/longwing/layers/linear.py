@@ -1,7 +1,7 @@
 """`Linear`, dense or packed behind one face, and `Embedding`.
 
 Which of the two a linear is, its tensors say: the loader either fills `weight` or calls
-`set_packed`. Nothing above asks.
+`set_packed`, and for inference on a GPU `set_streamed` follows. Nothing above asks.
 
 Shape key: T packed tokens, I in features, O out features, V vocabulary, D model dim; K, N, G, W as
 in kernels/wna16.py.
@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from longwing.kernels import PackedWeight, dequantize, packed_matmul
+from longwing.kernels import PackedWeight, StreamedWeight, dequantize, packed_matmul
 
 
 class Linear(nn.Module):
@@ -27,11 +27,12 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
         self._bits = self._group_size = 0
+        self.streamed: StreamedWeight | None = None
 
     @property
     def packed(self) -> PackedWeight | None:
-        """The packed weight, or None when the weight is dense."""
-        if self.weight is not None:
+        """The packed weight as checkpoints have it; None when it is dense, or streamed."""
+        if self.weight is not None or self.streamed is not None:
             return None
         return PackedWeight(
             bits=self._bits,
@@ -51,6 +52,12 @@ class Linear(nn.Module):
         self.register_buffer("scales", packed.scales_GN)
         self.register_buffer("g_idx", packed.g_idx_K)
 
+    def set_streamed(self, streamed: StreamedWeight) -> None:
+        """Replace a packed weight by the same in a GPU's layout; for inference alone."""
+        self.streamed = streamed
+        for name in ("qweight", "zeros", "scales", "g_idx"):
+            delattr(self, name)
+
     def set_dense(self, packed: PackedWeight, dtype: torch.dtype) -> None:
         """Fill `weight` with the values of a packed matrix."""
         dense_OI = dequantize(packed, dtype).T.contiguous()
@@ -60,11 +67,26 @@ class Linear(nn.Module):
         """(T, I) -> (T, O), in x's dtype."""
         if self.weight is not None:
             return F.linear(x_TI, self.weight, self.bias)
+        if self.streamed is not None:
+            from longwing.kernels import wna16_triton  # only where there is Triton
+
+            out_TO = wna16_triton.packed_matmul(x_TI, self.streamed)
+            return out_TO if self.bias is None else out_TO + self.bias
         packed = self.packed
-        if packed is None:  # unreachable: weight is None exactly when packed is set
+        if packed is None:  # unreachable: weight is None exactly when one of the others is set
             raise RuntimeError("a Linear with neither a dense nor a packed weight")
         out_TO = packed_matmul(x_TI, packed)
         return out_TO if self.bias is None else out_TO + self.bias
+
+    @property
+    def bits(self) -> int:
+        """Width of a packed weight; 0 for a dense one."""
+        return self._bits
+
+    @property
+    def group_size(self) -> int:
+        """Inputs that share a scale in a packed weight; 0 for a dense one."""
+        return self._group_size
 
     def extra_repr(self) -> str:
         """Sizes and format, for print(model)."""

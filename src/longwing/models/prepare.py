@@ -26,6 +26,7 @@ from longwing.kernels import (
     Int4Weight,
     Int8Weight,
     PackedWeight,
+    StreamedWeight,
     dequantize,
     paired,
     turn,
@@ -109,7 +110,7 @@ def weight_bytes(model: Decoder) -> int:
         id(part): part.nbytes
         for module in model.modules()
         for part in vars(module).values()
-        if isinstance(part, CpuWeight)
+        if isinstance(part, CpuWeight | StreamedWeight)
     }
     return found + sum(matrices.values())
 

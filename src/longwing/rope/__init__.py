@@ -1,5 +1,6 @@
-"""Rotary positions: settings (`config`), frequencies (`methods`), lengths and tables (`tables`),
-and how people type them (`words`).
+"""Rotary positions: settings, how people type them, frequencies, lengths and tables.
+
+`config` has the settings, `words` their short form, `methods` the frequencies, `tables` the rest.
 
 Left to others: rotating queries and keys with a table (`kernels`), and deciding how much context to
 serve (`engine`).

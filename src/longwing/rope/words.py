@@ -1,4 +1,4 @@
-"""RoPE settings in a few words, as people type them: `METHOD[,name=value…]`, or just `theta=1e6`."""
+"""RoPE settings in a few words, as people type them: `METHOD[,name=value…]` or `theta=1e6`."""
 
 from longwing.errors import ConfigError
 from longwing.rope.config import RopeConfig

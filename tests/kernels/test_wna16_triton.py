@@ -1,0 +1,200 @@
+"""Streamed weights against the reference: interpreted on a CPU, or on a GPU.
+
+The interpreter multiplies float16 and float32 alone, so bfloat16 is only tested on a GPU.
+"""
+
+import os
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from longwing.kernels import BITS, PackedWeight, dequantize, pack
+from longwing.kernels.streamed import below, fits, places, stream
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if DEVICE == "cpu":
+    os.environ["TRITON_INTERPRET"] = "1"
+triton: Any = pytest.importorskip("longwing.kernels.wna16_triton")
+if DEVICE == "cpu" and type(triton.tl.max).__name__ == "JITFunction":
+    pytest.skip("triton was imported before TRITON_INTERPRET=1 was set", allow_module_level=True)
+
+Cut = triton.Cut
+FLOATS = [torch.float16, *([torch.bfloat16] if DEVICE == "cuda" else [])]
+ROUNDING = {torch.float16: 5e-4, torch.bfloat16: 4e-3}
+
+
+def _weight(
+    bits: int,
+    K: int,
+    N: int,
+    group_size: int = 128,
+    *,
+    symmetric: bool = True,
+    act_order: bool = False,
+    dtype: torch.dtype = torch.float16,
+    seed: int = 0,
+) -> PackedWeight:
+    random = torch.Generator().manual_seed(seed)
+    groups = 1 if group_size == -1 else K // group_size
+    q_KN = torch.randint(2**bits, (K, N), generator=random)
+    middle_GN = torch.full((groups, N), 2 ** (bits - 1))
+    zeros_GN = middle_GN if symmetric else torch.randint(2**bits, (groups, N), generator=random)
+    scales_GN = (torch.rand(groups, N, generator=random) + 0.5) / 2**bits
+    g_idx_K = torch.randperm(K, generator=random) * groups // K
+    return PackedWeight(
+        bits=bits,
+        group_size=group_size,
+        qweight_WN=pack(q_KN, bits, 0),
+        zeros_GN=zeros_GN.to(torch.uint8),
+        scales_GN=scales_GN.to(dtype),
+        g_idx_K=g_idx_K.to(torch.int32) if act_order else None,
+    ).to(DEVICE)
+
+
+def _inputs(*shape: int, dtype: torch.dtype = torch.float16, seed: int = 1) -> Tensor:
+    random = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=random).to(DEVICE, dtype)
+
+
+def _assert_product(out_TN: Tensor, x_TK: Tensor, weight: PackedWeight) -> None:
+    exact_TN = x_TK.double() @ dequantize(weight, torch.float64)
+    assert out_TN.shape == exact_TN.shape
+    error = (out_TN.double() - exact_TN).norm() / exact_TN.norm()
+    assert error < ROUNDING[x_TK.dtype], f"relative error {error:.1e}"
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("group_size", [-1, 32, 64, 128])
+def test_products_are_exact_but_for_the_rounding_of_the_result(bits: int, group_size: int) -> None:
+    for symmetric, act_order in [(True, False), (False, True)]:
+        weight = _weight(
+            bits, 256, 70, group_size, symmetric=symmetric, act_order=act_order, dtype=FLOATS[-1]
+        )
+        streamed = stream([weight], FLOATS[-1])
+        x_TK = _inputs(3 if symmetric else 11, 256, dtype=FLOATS[-1])
+        _assert_product(triton.packed_matmul(x_TK, streamed), x_TK, weight)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("group_size", [96, 192, 256])
+def test_groups_of_other_sizes_are_cut_or_shared_by_cells(
+    group_size: int, dtype: torch.dtype
+) -> None:
+    K = 2 * group_size
+    weight = _weight(4, K, 40, group_size, act_order=True, dtype=dtype)
+    x_TK = _inputs(2, K, dtype=dtype)
+    _assert_product(triton.packed_matmul(x_TK, stream([weight], dtype)), x_TK, weight)
+
+
+@pytest.mark.parametrize("num_tokens", [0, 1, 8, 9, 16, 17, 33, 70, 257])
+def test_any_number_of_tokens_is_multiplied(num_tokens: int) -> None:
+    weight = _weight(4, 192, 33, 64, symmetric=False)
+    x_TK = _inputs(num_tokens, 192)
+    out_TN = triton.packed_matmul(x_TK, stream([weight], torch.float16))
+    if num_tokens:
+        _assert_product(out_TN, x_TK, weight)
+    assert out_TN.shape == (num_tokens, 33)
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_the_dense_matrix_is_the_references_to_the_last_bit(bits: int, dtype: torch.dtype) -> None:
+    for group_size, symmetric in [(-1, True), (32, False), (64, True), (128, False)]:
+        weight = _weight(bits, 256, 40, group_size, symmetric=symmetric, dtype=dtype)
+        dense_NK = triton.dequantize(stream([weight], dtype))[:40]
+        assert torch.equal(dense_NK.T, dequantize(weight, dtype)), (group_size, symmetric)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 16, 20])
+def test_splitting_the_inputs_changes_no_more_than_the_order_of_sums(num_tokens: int) -> None:
+    weight = _weight(3, 384, 40)
+    streamed, x_TK = stream([weight], torch.float16), _inputs(num_tokens, 384)
+    tokens = {1: 8, 16: 16, 20: 32}[num_tokens]
+    for splits in (1, 2, 3):
+        cut = Cut(tokens=tokens, splits=splits, stages=2)
+        for _ in range(2):  # the first launch leaves the arrivals as it found them
+            _assert_product(triton.packed_matmul(x_TK, streamed, cut), x_TK, weight)
+        assert not streamed.arrivals.any()
+
+
+def test_a_row_is_the_same_alone_and_in_a_batch() -> None:
+    streamed = stream([_weight(4, 256, 128)], torch.float16)
+    x_TK = _inputs(16, 256)
+    together_TN = triton.packed_matmul(x_TK, streamed)
+    for rows in (slice(0, 1), slice(9, 10), slice(3, 11), slice(3, 16)):
+        assert torch.equal(triton.packed_matmul(x_TK[rows], streamed), together_TN[rows])
+
+
+@pytest.mark.parametrize("num_tokens", [2, 20, 257])
+def test_stacked_weights_are_multiplied_in_one_launch(num_tokens: int) -> None:
+    parts = [_weight(4, 256, N, seed=N, symmetric=N != 100) for N in (100, 30)]
+    streamed, x_TK = stream(parts, torch.float16), _inputs(num_tokens, 256)
+    outs = triton.packed_matmul_many(x_TK, streamed)
+    for part, out_TN in zip(parts, outs, strict=True):
+        _assert_product(out_TN, x_TK, part)
+
+
+@pytest.mark.parametrize("num_tokens", [2, 20, 257])
+def test_two_stacked_weights_may_each_have_their_input(num_tokens: int) -> None:
+    parts = [_weight(2, 128, 130, 64), _weight(2, 128, 90, 64, seed=5)]
+    x_XTK = _inputs(2, num_tokens, 128)
+    outs = triton.packed_matmul_many(x_XTK, stream(parts, torch.float16))
+    for part, x_TK, out_TN in zip(parts, x_XTK, outs, strict=True):
+        _assert_product(out_TN, x_TK, part)
+
+
+@pytest.mark.parametrize("group_size", [-1, 64])
+def test_weights_whose_products_are_added_become_one(group_size: int) -> None:
+    parts = [_weight(4, K, 40, group_size, seed=K, symmetric=False) for K in (128, 320)]
+    xs = [_inputs(3, K, seed=K) for K in (128, 320)]
+    whole = below(parts)
+    both_TK = torch.cat(xs, 1)
+    exact = [x.double() @ dequantize(p, torch.float64) for x, p in zip(xs, parts, strict=True)]
+    torch.testing.assert_close(both_TK.double() @ dequantize(whole, torch.float64), sum(exact))
+    _assert_product(triton.packed_matmul(both_TK, stream([whole], torch.float16)), both_TK, whole)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_every_bit_of_a_word_has_one_use(bits: int) -> None:
+    used = [
+        (word, place + bit)
+        for pieces in places(bits)
+        for word, place, _, width in pieces
+        for bit in range(width)
+    ]
+    assert sorted(used) == [(word, bit) for word in range(bits) for bit in range(16)]
+
+
+def test_what_a_cell_cannot_hold_is_refused_and_left_to_the_reference() -> None:
+    fine, uneven = _weight(4, 256, 8, 16), _weight(4, 256, 8, 128, act_order=True)
+    assert uneven.g_idx_K is not None
+    uneven.g_idx_K[:] = uneven.g_idx_K.sort().values
+    uneven.g_idx_K[127] = 1
+    assert fits(_weight(4, 256, 8))
+    assert not fits(fine)
+    assert not fits(uneven)
+    with pytest.raises(ValueError, match="groups of 16"):
+        stream([fine], torch.float16)
+    with pytest.raises(ValueError, match="equal groups of 128"):
+        stream([uneven], torch.float16)
+
+
+def test_mismatches_are_refused() -> None:
+    weight = _weight(4, 256, 8)
+    streamed = stream([weight], torch.float16)
+    with pytest.raises(ValueError, match="float32"):
+        stream([weight], torch.float32)
+    with pytest.raises(ValueError, match="4 bits and 256 inputs"):
+        stream([weight, _weight(3, 256, 8)], torch.float16)
+    with pytest.raises(ValueError, match="order of inputs"):
+        stream([weight, _weight(4, 256, 8, act_order=True)], torch.float16)
+    with pytest.raises(ValueError, match="128 features"):
+        triton.packed_matmul(_inputs(1, 128), streamed)
+    with pytest.raises(ValueError, match="2 parts"):
+        triton.packed_matmul(_inputs(1, 256), stream([weight, weight], torch.float16))
+    with pytest.raises(ValueError, match="no g_idx"):
+        below([weight, _weight(4, 256, 8, act_order=True)])
+    with pytest.raises(ValueError, match="same bits"):
+        below([weight, _weight(4, 256, 16)])

@@ -1,0 +1,62 @@
+"""A whole model through the Triton kernels: interpreted on a CPU, in float16."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import FalconConfig, LlamaConfig, PretrainedConfig
+
+from gptq_writer import write_gptq
+from longwing.engine.generator import Generator
+from longwing.models import load_model
+from longwing.models.prepare import weight_bytes
+from longwing.models.streaming import stream_weights
+from longwing.tokenizer import Tokenizer
+from tiny import COMMON, write_tokenizer
+
+pytest.importorskip("triton")
+# The interpreter multiplies what lies beyond a context too, whatever it is, before it is masked.
+pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SHAPE: dict[str, Any] = {**COMMON, "hidden_size": 128, "num_attention_heads": 4}
+CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
+    "falcon-7b": lambda: FalconConfig(**SHAPE, multi_query=True, alibi=False),
+    "falcon-40b": lambda: FalconConfig(
+        **SHAPE, num_kv_heads=2, new_decoder_architecture=True, alibi=False
+    ),
+    "falcon-rw": lambda: FalconConfig(
+        **SHAPE, alibi=True, parallel_attn=False, multi_query=False, bias=True
+    ),
+    "llama": lambda: LlamaConfig(**SHAPE, intermediate_size=256, num_key_value_heads=2),
+}
+
+
+def read(folder: Path) -> Generator:
+    model = load_model(folder, device=DEVICE, dtype=torch.float16, unpack=False)
+    return Generator(model, Tokenizer.from_folder(folder))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_streamed_model_gives_the_references_logits(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_gptq(CONFIGS[name](), tmp_path, bits=4, group_size=64, desc_act=name == "llama")
+    write_tokenizer(tmp_path)
+    monkeypatch.setenv("LONGWING_KERNELS", "reference")
+    reference = read(tmp_path)
+    prompt = list(range(1, 22))
+    settings: dict[str, Any] = {"max_new_tokens": 6, "ignore_eos": True, "logprobs": 3}
+    expected = reference.generate(prompt, **settings)
+    monkeypatch.setenv("LONGWING_KERNELS", "triton")
+    fast = read(tmp_path)
+    packed_bytes = weight_bytes(fast.model)
+    assert stream_weights(fast.model) > 0
+    assert all(linear.packed is None for _, linear in fast.model.linears())
+    assert weight_bytes(fast.model) < 1.5 * packed_bytes
+    found = fast.generate(prompt, **settings)
+    for one, other in zip(found.tokens, expected.tokens, strict=True):
+        assert one.logprob == pytest.approx(other.logprob, abs=0.03)
+        if one.id != other.id:  # two tokens all but equally likely; from there on texts differ
+            break
