@@ -126,9 +126,9 @@ class Int4Weight:
 class Int8Weight:
     """A (N, K) matrix rounded to 8 bits, one scale an output; for an output head.
 
-    Each token's activations are two 8-bit digits, a rounding and what it left over: one alone cost
-    20 times the loss of the rounded weights (KL on WikiText, SmolLM2-135M), the second almost no
-    time, since the weights are read once. Sums are integers, exact.
+    Each token's activations are two 8-bit digits, a rounding and what it left over: one alone
+    gave a KL of 0.0095 (WikiText, SmolLM2-135M), both 0.0015, and the second costs almost no time,
+    since the weights are read once. Sums are integers, exact.
     """
 
     def __init__(self, weight_NK: Tensor) -> None:
