@@ -75,6 +75,8 @@ def serve(
     load, server = launcher.load(load), launcher.server(server)
     name = model or launcher.model_id or DEMO_NAME
     folder = _folder(name, launcher.revision)
+    if Path(name).is_dir():
+        name = folder.resolve().name  # clients are told it: not where the operator keeps models
     _check_folder(folder, load)
     options = replace(
         launcher.engine(engine),

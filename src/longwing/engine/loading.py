@@ -26,7 +26,7 @@ from longwing.plan import PREFILL_CHUNK, RUNTIME_BYTES, format_size, kv_bytes_pe
 _GPU_SHARE = 0.92
 """Part of a GPU's free memory that is used when no limit is given: other processes need some."""
 
-_HOST_SHARE = 0.5
+_HOST_SHARE = 0.25
 """Part of the host's free memory that pages may take. Unused pages cost nothing there."""
 
 
