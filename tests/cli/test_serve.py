@@ -1,4 +1,4 @@
-"""`longwing serve` as a process: a launcher's flags, an answer, and its end when it is told to end."""
+"""`longwing serve` as a process: a launcher's flags, an answer, and its end."""
 
 import json
 import os
