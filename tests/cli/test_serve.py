@@ -85,7 +85,9 @@ def test_launchers_words_become_ours() -> None:
     flags = LauncherFlags(rope_scaling="dynamic", rope_factor=2.0, max_batch_total_tokens=1000)
     assert flags.load(LoadOptions()).rope == "dynamic,factor=2.0"
     options = flags.engine(EngineOptions(page_len=16))
-    assert (options.num_pages, options.page_len) == (63, 16)
+    assert (options.num_pages, options.cache_tokens) == (None, 1000)
+    with pytest.raises(ConfigError, match="twice"):
+        flags.engine(EngineOptions(num_pages=3))
     alpha = LauncherFlags(dntk_alpha_scaler=0.25, hostname="0.0.0.0", api_key="k")
     assert alpha.load(LoadOptions()).rope == "falconlite,alpha=0.25"
     server = alpha.server(ServerOptions())

@@ -111,6 +111,32 @@ def test_killed_engine_fails_its_requests_and_comes_back(tiny_folder: Folder) ->
     serve(service, use)
 
 
+def test_engine_that_was_idle_for_long_is_not_taken_for_a_hung_one(tiny_folder: Folder) -> None:
+    service = in_process(tiny_folder("falcon-40b"), hang_s=0.5)
+
+    async def use() -> None:
+        for _ in range(3):
+            await asyncio.sleep(0.7)  # longer than an engine may be silent while it has work
+            ((*_, last),) = await answer(service, request([1], max_new_tokens=20))
+            assert isinstance(last, Finished)
+
+    serve(service, use)
+
+
+def test_engine_that_cannot_be_launched_is_told_as_such() -> None:
+    def launch(_sock: Any) -> Any:
+        raise OSError("no more processes")
+
+    async def start() -> None:
+        service = EngineService(launch)
+        with pytest.raises(EngineError, match="no more processes"):
+            await service.start()
+        await service.stop(0)
+        assert service.status == "dead"
+
+    asyncio.run(start())
+
+
 def test_more_requests_than_may_be_are_refused_at_once(tiny_folder: Folder) -> None:
     service = in_thread(tiny_folder("falcon-40b"), max_requests=3, max_tokens=600)
 

@@ -7,11 +7,12 @@ those that are checked, and those that have nothing to act on. None is dropped w
 """
 
 import logging
+import os
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from longwing.cli.options import LoadOptions
-from longwing.engine.options import DEFAULTS, EngineOptions
+from longwing.engine.options import EngineOptions
 from longwing.errors import ConfigError
 from longwing.server.options import ServerOptions
 
@@ -38,7 +39,8 @@ def variables(name: str) -> list[str]:
         found.append(name.upper())
     if name in _SAGEMAKER:
         found.append(_SAGEMAKER[name])
-    return found
+    # Kubernetes tells a service named longwing as LONGWING_PORT=tcp://10.0.0.1:8080.
+    return [word for word in found if not os.environ.get(word, "").startswith("tcp://")]
 
 
 def _flag(help_text: str, *, without_effect: bool = False) -> Any:
@@ -135,8 +137,11 @@ class LauncherFlags:
         """The RoPE flags as --rope."""
         words = None
         if self.rope_scaling is not None:
-            words = f"{self.rope_scaling},factor={self.rope_factor or 1.0}"
+            factor = 1.0 if self.rope_factor is None else self.rope_factor
+            words = f"{self.rope_scaling},factor={factor}"
         if self.dntk_alpha_scaler is not None:
+            if words is not None:
+                raise ConfigError("--rope-scaling and --dntk-alpha-scaler contradict")
             words = f"falconlite,alpha={self.dntk_alpha_scaler}"
         if words is None:
             return options
@@ -149,8 +154,9 @@ class LauncherFlags:
         tokens = self.max_batch_total_tokens
         if tokens is None:
             return options
-        page_len = options.page_len or DEFAULTS["cuda"]["page_len"]
-        return replace(options, page_len=page_len, num_pages=-(-tokens // page_len))
+        if options.num_pages is not None:
+            raise ConfigError("--num-pages and --max-batch-total-tokens say the same twice")
+        return replace(options, cache_tokens=tokens)
 
     def server(self, options: ServerOptions) -> ServerOptions:
         """The flags that are called differently here, and TGI's checks between flags."""

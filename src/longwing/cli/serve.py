@@ -88,6 +88,8 @@ def serve(
     )
     if server.host not in ("127.0.0.1", "localhost", "::1") and not server.api_keys:
         warn(f"anyone who can reach {server.host} may ask; --api-keys restricts it")
+    if server.api_keys:
+        note(f"only requests with one of {len(server.api_keys)} API keys are answered")
     run(
         server,
         lambda: _open(folder, name, options, server),
@@ -139,10 +141,11 @@ def _show(info: EngineInfo, serving: Serving) -> None:
 
 def _folder(name: str, revision: str | None) -> Path:
     """The model's folder; a name that was never pulled is pulled now."""
+    is_on_hub = name.count("/") == 1 and not Path(name).is_dir()
     try:
-        return find_model(name if revision is None or Path(name).is_dir() else f"{name}@{revision}")
+        return find_model(f"{name}@{revision}" if revision and is_on_hub else name)
     except HubError:
-        if Path(name).exists() or name.count("/") != 1:
+        if not is_on_hub:
             raise
     with progress(f"pulling {name}", in_bytes=True) as advance:
         pulled = pull(

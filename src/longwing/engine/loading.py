@@ -19,12 +19,16 @@ from longwing.engine.options import DEFAULTS, EngineOptions
 from longwing.engine.status import EngineInfo
 from longwing.errors import CapacityError, RequestError
 from longwing.models import DTYPES, find_device, load_model
+from longwing.models.memory import out_of_memory
 from longwing.models.prepare import prepare, weight_bytes
 from longwing.models.streaming import stream_weights
 from longwing.plan import PREFILL_CHUNK, RUNTIME_BYTES, format_size, kv_bytes_per_token
 
 _GPU_SHARE = 0.92
 """Part of a GPU's free memory that is used when no limit is given: other processes need some."""
+
+_CPU_BYTES = {"fast": 2.5, "small": 0.6, "float32": 4.0}
+"""Bytes a packed weight takes on a CPU, in the forms it is given there."""
 
 _HOST_SHARE = 0.25
 """Part of the host's free memory that pages may take. Unused pages cost nothing there."""
@@ -54,6 +58,8 @@ def load_engine(
         k: v for k, v in DEFAULTS[device.type].items() if _is_unset(options, k)
     }
     options = replace(options, **unset)
+    if options.cache_tokens is not None:
+        options = replace(options, num_pages=-(-options.cache_tokens // options.page_len))
     if device.type == "cpu":
         exact = options.dtype == "float32" and options.cpu_weights == "auto"
         forms = {"auto": "float32" if exact else "fast"}.get(
@@ -77,7 +83,8 @@ def load_engine(
         model = prepare(model, options.cpu_weights)
     else:
         stream_weights(model)
-    engine = Engine(model, folder.tokenizer, options)
+    with out_of_memory(f"allocating {options.num_pages} pages of the cache"):
+        engine = Engine(model, folder.tokenizer, options)
     return engine, describe(engine, folder)
 
 
@@ -129,7 +136,10 @@ def _num_pages(folder: ModelFolder, options: EngineOptions, device: torch.device
         kv_dtype=kv_word,
         prefill_chunk=options.max_batch_tokens or PREFILL_CHUNK,
     )
-    beside = planned.weights.total + planned.workspace.total if planned else 0
+    stored = sum(info.nbytes for info in folder.checkpoint.tensors.values())
+    beside = planned.weights.total + planned.workspace.total if planned else stored
+    if planned and device.type == "cpu":
+        beside += int(planned.quantised_parameters * _CPU_BYTES[options.cpu_weights])
     room = _memory(options, device) - beside
     if device.type == "cpu" and options.memory is None:
         room = int(room * _HOST_SHARE)

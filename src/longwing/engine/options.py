@@ -73,6 +73,7 @@ class EngineOptions(SchedulerOptions):
             what the memory holds if that is less.
         rope: RoPE settings in place of the model's, as `--rope` takes them.
         memory: bytes the engine may use on its device, weights included; None is what there is.
+        cache_tokens: tokens the cache holds, in place of num_pages.
 
     Raises:
         RequestError: a value is out of its range.
@@ -83,6 +84,7 @@ class EngineOptions(SchedulerOptions):
     context: int | None = None
     rope: str | None = None
     memory: int | None = None
+    cache_tokens: int | None = None
     cpu_weights: str = field(
         default="auto",
         metadata={

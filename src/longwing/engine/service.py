@@ -165,11 +165,17 @@ class EngineService:
         costs = [len(item.prompt_ids) + (item.params.max_new_tokens or 0) for item in requests]
         self._admit(len(requests), sum(costs))
         ids = [str(next(self._ids)) for _ in requests]
+        frames = [
+            to_frame({"op": "add", "id": request_id, "request": request_to_wire(request)})
+            for request_id, request in zip(ids, requests, strict=True)
+        ]
+        if not self._open:
+            self._heard = time.monotonic()  # an idle engine says nothing: its silence begins now
         answers = Answers(len(requests), lambda index: self._drop(ids[index]))
-        for index, (request_id, request, cost) in enumerate(zip(ids, requests, costs, strict=True)):
+        for index, (request_id, frame, cost) in enumerate(zip(ids, frames, costs, strict=True)):
             self._open[request_id] = _Open(answers, index, cost)
             self._num_tokens += cost
-            self._send({"op": "add", "id": request_id, "request": request_to_wire(request)})
+            self._writer.write(frame)
         self._idle.clear()
         return answers
 
@@ -211,10 +217,14 @@ class EngineService:
     async def _keep(self) -> None:
         """Run engines, one after the death of another, until the service stops."""
         while self.status in ("starting", "ready"):
-            await self._run_one()
+            try:
+                await self._run_one()
+            except Exception as error:
+                _log.exception("the engine could not be launched, or said what nobody understands")
+                self._tell_start(EngineDeadError(f"the engine could not be started: {error}"))
+            self._fail_all(_GONE)
             if self.status not in ("starting", "ready"):
                 return
-            self._fail_all(_GONE)
             now = time.monotonic()
             self._deaths = [at for at in self._deaths if now - at < _RESTART_WINDOW_S] + [now]
             first_start = self._ready is not None and not self._ready.done()
@@ -228,8 +238,12 @@ class EngineService:
     async def _run_one(self) -> None:
         """One engine, from its launch to its end."""
         ours, theirs = socket.socketpair()
-        with theirs:
-            self._host = self._launch(theirs)
+        try:
+            with theirs:
+                self._host = self._launch(theirs)
+        except OSError:
+            ours.close()
+            raise
         reader, self._writer = await asyncio.open_connection(sock=ours)
         self._heard = time.monotonic()
         watch = asyncio.create_task(self._watch(self._host), name="engine watchdog")
@@ -241,6 +255,9 @@ class EngineService:
         except (asyncio.IncompleteReadError, ConnectionError):
             pass  # the engine's end, wanted or not
         finally:
+            if self.status == "ready":
+                self.status = "starting"
+            self.stats = EngineStats()
             watch.cancel()
             self._writer.close()
             self._writer = None
@@ -267,8 +284,9 @@ class EngineService:
             self._tell_start(None)
         elif op == "refused":
             _log.error("the engine could not start: %s", message["message"])
-            self._tell_start(EngineDeadError(message["message"]))
-            self.status = "dead"
+            if self._ready is not None and not self._ready.done():
+                self.status = "dead"  # the first start: there is nothing to try again for
+                self._tell_start(EngineDeadError(message["message"]))
 
     def _pass_on(self, request_id: str, event: Event) -> None:
         entry = self._open.get(request_id)
@@ -349,6 +367,11 @@ class _Process:
         self._process.wait()
 
 
+def _without_keys() -> dict[str, str]:
+    """This process's environment, less the API keys: the engine has no use for them."""
+    return {name: value for name, value in os.environ.items() if "API_KEY" not in name}
+
+
 def engine_process(path: Path, options: EngineOptions, *, log_level: str = "WARNING") -> Launch:
     """How to start an engine for a model folder in a process of its own.
 
@@ -362,10 +385,11 @@ def engine_process(path: Path, options: EngineOptions, *, log_level: str = "WARN
         settings = {"path": str(path), "options": asdict(options), "log_level": log_level}
         return _Process(
             subprocess.Popen(
-                [sys.executable, "-m", "longwing.engine.worker", str(sock.fileno())],
+                # -P: a file of the folder we stand in must not pass for a module.
+                [sys.executable, "-P", "-m", "longwing.engine.worker", str(sock.fileno())],
                 pass_fds=[sock.fileno()],
                 stdin=subprocess.DEVNULL,
-                env={**os.environ, "LONGWING_ENGINE": json.dumps(settings)},
+                env={**_without_keys(), "LONGWING_ENGINE": json.dumps(settings)},
             )
         )
 

@@ -1,7 +1,7 @@
 """Warm an engine up: run it once in each of its shapes before the first request.
 
 What a first run pays for (thread pools, kernels compiled or chosen by timing, RoPE tables, memory
-pools) is paid here. It also proves that the largest step fits the memory.
+pools) is paid here. It also shows that a full chunk of a prompt fits the memory.
 """
 
 from longwing.engine.engine import Engine

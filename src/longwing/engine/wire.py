@@ -1,7 +1,7 @@
 """Frames between the server's process and the engine's: a length, then that many bytes of JSON.
 
 JSON, because it can only ever become plain data. A frame is one object with an `op`; the server
-sends "load", "add", "cancel" and "stop", the engine "loading", "ready", "refused" and "events".
+sends "add", "cancel" and "stop", the engine "loading", "ready", "refused" and "events".
 """
 
 import struct

@@ -39,9 +39,6 @@ _log = logging.getLogger(__name__)
 Load = Callable[[Callable[[int, int], None]], tuple[Engine, EngineInfo]]
 """Loads a model, told how to report progress."""
 
-_IDLE_S = 1.0
-"""Between two reports of an idle engine."""
-
 
 def run(sock: socket.socket, load: Load) -> None:
     """Load a model, then serve it until the socket closes or a "stop" comes."""

@@ -5,6 +5,7 @@ peak is one matrix above the model. What the kernels have no form for (groups un
 activations) stays as it is and runs through the reference.
 """
 
+from longwing.kernels import chooses_triton
 from longwing.kernels.streamed import fits, stream
 from longwing.models.decoder import Decoder
 
@@ -13,7 +14,7 @@ def stream_weights(model: Decoder) -> int:
     """Lay out packed linears anew, in place; how many there were."""
     num = 0
     dtype = model.dtype
-    if dtype.itemsize != 2:
+    if not chooses_triton(model.embedding.weight):
         return num
     for _, linear in model.linears():
         packed = linear.packed
