@@ -253,6 +253,13 @@ async def overload(server: Served, scale: float) -> dict[str, Any]:
     }
 
 
+def answer_end(answer: Any) -> tuple[str, int]:
+    """Why a whole answer ended, and its number of tokens, in either dialect."""
+    if "usage" in answer:
+        return answer["choices"][0]["finish_reason"], answer["usage"]["completion_tokens"]
+    return answer["details"]["finish_reason"], len(answer["details"]["tokens"])
+
+
 async def drain(server: Served, scale: float) -> dict[str, Any]:
     """SIGTERM while streams and calls run: each is finished, new ones are refused, exit is 0."""
     num = max(int(24 * scale), 4)
@@ -261,8 +268,8 @@ async def drain(server: Served, scale: float) -> dict[str, Any]:
     work = [
         asyncio.create_task(server.send(paths[i % 3], bodies[i % 3])) for i in range(min(num, 15))
     ]
-    async with asyncio.timeout(60):
-        while await server.metric("tgi_batch_current_size") < 1:
+    async with asyncio.timeout(60):  # all must have been let in: later ones are refused
+        while await server.num_at_work() < len(work) and not any(one.done() for one in work):
             await asyncio.sleep(0.01)
     server.process.send_signal(signal.SIGTERM)
     await asyncio.sleep(0.1)
@@ -270,22 +277,21 @@ async def drain(server: Served, scale: float) -> dict[str, Any]:
     late = await server.send("/generate", generate(5))
     replies = await asyncio.gather(*work)
     status = await asyncio.to_thread(server.process.wait, 120)
+    ends: Counter[str] = Counter()
     full = 0
     for place, reply in enumerate(replies):
         if place % 3 == 1:
             full += stream_is_whole(reply) and b'"error"' not in reply.body
         elif reply.status == 200:
-            answer = reply.json
-            tokens = (
-                answer["usage"]["completion_tokens"]
-                if "usage" in answer
-                else len(answer["details"]["tokens"])
-            )
-            full += tokens == 120
+            reason, tokens = answer_end(reply.json)
+            ends[reason] += 1
+            # The end token may come by itself; short of it there must be all that was asked for.
+            full += tokens == 120 if reason == "length" else reason in ("eos_token", "stop")
     return {
         "at_work": len(replies),
         "complete": full,
         "health": health.status,
+        "ends": dict(ends),
         "late": late.status,
         "exit": status,
         "ok": full == len(replies) and health.status == 503 and status == 0
