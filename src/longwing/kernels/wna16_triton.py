@@ -145,7 +145,8 @@ def dequantize(weight: StreamedWeight, start: int = 0, stop: int | None = None) 
         stop: another; None for the end of all padding.
 
     Returns:
-        In the type of the scales; equal to what `wna16.dequantize` gives in that type.
+        In the type of the scales; equal to what `wna16.dequantize` gives in that type, if the
+        checkpoint's scales have it too. (float16 scales laid out for bfloat16 are rounded once.)
     """
     stop = weight.starts[-1] if stop is None else stop
     N, chunks = weight.starts[-1], weight.words.shape[1]
