@@ -225,6 +225,22 @@ def test_request_at_fault_fails_alone_and_says_why(tiny_folder: Folder) -> None:
     serve(service, use)
 
 
+def test_answer_larger_than_a_frame_fails_its_own_request_alone(
+    tiny_folder: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = in_thread(tiny_folder("falcon-40b"))
+
+    async def use() -> None:
+        monkeypatch.setattr("longwing.engine.wire.MAX_FRAME", 4096)
+        large = request(range(100), prompt_logprobs=5)
+        first, second = await answer(service, large, request([1]))
+        assert isinstance(first[-1], Failed)
+        assert "4,096" in first[-1].message
+        assert isinstance(second[-1], Finished)
+
+    serve(service, use)
+
+
 def test_requests_and_events_survive_the_wire() -> None:
     item = Request(
         prompt_ids=(1, 2),

@@ -29,6 +29,7 @@ from longwing.engine.warmup import warm_up
 from longwing.engine.wire import HEADER, body_len, from_body, request_from_wire, to_frame
 from longwing.errors import (
     CapacityError,
+    EngineError,
     LongwingError,
     OverloadedError,
     RequestError,
@@ -79,15 +80,32 @@ def _serve(
             said += _obey(engine, message)
         said += engine.step()
         if said or messages:
-            _send(
-                sock,
-                {
-                    "op": "events",
-                    "events": [[request_id, to_wire(event)] for request_id, event in said],
-                    "steps": [asdict(step) for step in engine.take_steps()],
-                    "stats": asdict(engine.stats),
-                },
-            )
+            _tell(sock, engine, said)
+
+
+def _tell(sock: socket.socket, engine: Engine, said: list[tuple[str, Event]]) -> None:
+    """Send what happened, and how the engine is doing.
+
+    What no frame can hold (the log-probabilities of a prompt of a million tokens) fails its own
+    request alone.
+    """
+    steps = [asdict(step) for step in engine.take_steps()]
+
+    def send(events: list[tuple[str, Event]], steps: list[dict[str, Any]]) -> None:
+        wire = [[request_id, to_wire(event)] for request_id, event in events]
+        stats = asdict(engine.stats)
+        _send(sock, {"op": "events", "events": wire, "steps": steps, "stats": stats})
+
+    try:
+        send(said, steps)
+    except EngineError:
+        send([], steps)
+        for request_id, event in said:
+            try:
+                send([(request_id, event)], [])
+            except EngineError as error:
+                engine.cancel(request_id)
+                send([(request_id, Failed(kind="generation", message=str(error)))], [])
 
 
 def _obey(engine: Engine, message: dict[str, Any]) -> list[tuple[str, Event]]:
