@@ -83,7 +83,7 @@ class Answers:
         self._num_untold -= len(self._open)
         self._open.clear()
 
-    def _tell(self, index: int, event: Event) -> None:
+    def tell(self, index: int, event: Event) -> None:
         """Pass an event on; what comes after the end, or after a cancellation, is dropped."""
         if index in self._open:
             if isinstance(event, (Finished, Failed)):
@@ -179,17 +179,20 @@ class EngineService:
         self._idle.clear()
         return answers
 
-    async def stop(self, drain_s: float = 90.0) -> None:
+    async def stop(
+        self, drain_s: float = 90.0, *, reason: str = "the server is shutting down"
+    ) -> None:
         """Take no more requests, let those at work finish, and end the engine.
 
         Args:
             drain_s: how long they may take; what is unfinished then fails.
+            reason: what its clients are told.
         """
         self.status = "draining"
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._idle.wait(), drain_s)
         self.status = "dead"
-        self._fail_all(Failed(kind="engine", message="the server is shutting down"))
+        self._fail_all(Failed(kind="engine", message=reason))
         if self._writer is not None:
             self._send({"op": "stop"})
         if self._task is not None:
@@ -197,6 +200,11 @@ class EngineService:
             self._task.cancel()
             await asyncio.wait([self._task])
         await self._end_host()
+
+    def resume(self) -> None:
+        """Take requests again, where `stop` was cancelled while it waited for those at work."""
+        if self.status == "draining" and self._task is not None:
+            self.status = "dead" if self._task.done() else "ready"
 
     def _admit(self, num: int, cost: int) -> None:
         """Refuse what would be too much."""
@@ -294,7 +302,7 @@ class EngineService:
             return  # cancelled meanwhile
         if isinstance(event, (Finished, Failed)):
             self._forget(request_id)
-        entry.answers._tell(entry.index, event)
+        entry.answers.tell(entry.index, event)
 
     def _drop(self, request_id: str) -> None:
         """Cancel one request."""
@@ -368,8 +376,13 @@ class _Process:
 
 
 def _without_keys() -> dict[str, str]:
-    """This process's environment, less the API keys: the engine has no use for them."""
-    return {name: value for name, value in os.environ.items() if "API_KEY" not in name}
+    """This process's environment, less the keys of its API: the engine has no use for them."""
+    secret = ("API_KEY", "ADMIN_KEY")
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if not any(word in name for word in secret)
+    }
 
 
 def engine_process(path: Path, options: EngineOptions, *, log_level: str = "WARNING") -> Launch:

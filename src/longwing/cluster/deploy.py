@@ -1,0 +1,170 @@
+"""`deploy`: fronts and replicas as an application of Ray Serve.
+
+Deploying again under the same name changes what runs: another number of replicas is reached by
+starting or draining some; other options replace every replica, one after another, while the rest go
+on answering (Ray's rolling update).
+"""
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import serve
+from ray.serve.config import AutoscalingConfig, HTTPOptions, ProxyLocation, RequestRouterConfig
+from ray.serve.handle import DeploymentHandle
+
+from longwing.cluster.affinity import Preference
+from longwing.cluster.front import Front
+from longwing.cluster.options import DeployOptions
+from longwing.cluster.replica import Frame, Replica
+from longwing.cluster.router import PrefixRouter
+from longwing.engine.options import EngineOptions
+from longwing.engine.service import EngineService, engine_process
+from longwing.errors import ConfigError
+from longwing.server.options import ServerOptions
+
+ENGINES = "engines"
+"""The replicas' deployment."""
+
+_HEALTH_PERIOD_S = 2.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Deployment:
+    """What is deployed.
+
+    Attributes:
+        name: the application's, in the cluster.
+        folder: the model's; every machine must have it at this path.
+        model_id: the name that clients know the model by.
+        engine: settings of each engine.
+        server: of each front; its host and port are the proxies'.
+        size: how many of each.
+    """
+
+    name: str
+    folder: Path
+    model_id: str
+    engine: EngineOptions
+    server: ServerOptions
+    size: DeployOptions
+
+
+class EngineReplica:
+    """The replicas' deployment: a `Replica` for Ray."""
+
+    async def __init__(  # type: ignore[misc]  # Ray awaits it
+        self, folder: Path, options: EngineOptions, drain_s: float
+    ) -> None:
+        # The fronts' queue is the queue; Ray sends an engine no more than it may have.
+        service = EngineService(
+            engine_process(folder, options), max_requests=2**20, max_tokens=2**62
+        )
+        name = serve.get_replica_context().replica_id.unique_id
+        self._replica = Replica(name, service)
+        self._drain_s = drain_s
+        await self._replica.start()
+
+    async def answer(
+        self, group: list[dict[str, Any]], *, wish: Preference
+    ) -> AsyncIterator[Frame]:
+        """Answer a group of requests; the wish was for the router."""
+        async for frame in self._replica.answer(group):
+            yield frame
+
+    async def info(self) -> dict[str, Any]:
+        """What is served."""
+        return self._replica.info()
+
+    async def check_health(self) -> None:
+        """Ray's name for: raise if this replica should be replaced."""
+        self._replica.check()
+
+    async def __del__(self) -> None:
+        """Ray awaits this when the replica is to go."""
+        await self._replica.stop(self._drain_s)
+
+
+def connect(address: str | None, size: DeployOptions, server: ServerOptions) -> None:
+    """Join a Ray cluster and start Serve in it, if it is not started.
+
+    Args:
+        address: "auto", "host:port" or "ray://host:port"; None starts a cluster on this machine.
+        size: where the proxies are.
+        server: where they listen.
+
+    Raises:
+        ConfigError: there is no cluster at the address.
+    """
+    if not ray.is_initialized():
+        try:
+            ray.init(address=address or "local", log_to_driver=False, namespace="longwing")
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise ConfigError(
+                f"no Ray cluster at {address}: {error}",
+                remedy="start one with `ray start --head`, or leave --address out",
+            ) from error
+    serve.start(
+        proxy_location=ProxyLocation.EveryNode
+        if size.proxies == "every"
+        else ProxyLocation.HeadOnly,
+        http_options=HTTPOptions(host=server.host, port=server.port),
+    )
+
+
+def deploy(what: Deployment) -> DeploymentHandle:
+    """Deploy, or change what is deployed under the name; returns when it answers.
+
+    Raises:
+        RuntimeError: Ray could not; says why.
+    """
+    return serve.run(application(what), name=what.name, route_prefix="/")
+
+
+def take_down(name: str) -> None:
+    """End a deployment; requests at work finish first."""
+    serve.delete(name)
+
+
+def shut_down() -> None:
+    """End Serve, and the cluster that `connect` started."""
+    serve.shutdown()
+    ray.shutdown()
+
+
+def application(what: Deployment) -> serve.Application:
+    """The fronts, bound to the replicas."""
+    size, drain_s = what.size, what.server.drain_s
+    scaling: dict[str, Any] = {"num_replicas": size.replicas}
+    if size.max_replicas is not None:
+        scaling = {
+            "autoscaling_config": AutoscalingConfig(
+                min_replicas=size.replicas,
+                max_replicas=size.max_replicas,
+                target_ongoing_requests=size.target_requests,
+            )
+        }
+    engines = serve.deployment(
+        EngineReplica,
+        name=ENGINES,
+        max_ongoing_requests=size.max_requests,
+        ray_actor_options={"num_gpus": size.gpus, "num_cpus": size.cpus},
+        graceful_shutdown_timeout_s=drain_s,
+        graceful_shutdown_wait_loop_s=0.5,
+        health_check_period_s=_HEALTH_PERIOD_S,
+        request_router_config=RequestRouterConfig(request_router_class=PrefixRouter),
+        **scaling,
+    )
+    front = serve.deployment(
+        serve.ingress()(Front),
+        name="front",
+        num_replicas=size.fronts,
+        max_ongoing_requests=what.server.max_concurrent_requests * 2,
+        ray_actor_options={"num_cpus": 0},
+        graceful_shutdown_timeout_s=drain_s,
+    )
+    return front.bind(
+        engines.bind(what.folder, what.engine, drain_s), what.folder, what.model_id, what.server
+    )
