@@ -38,7 +38,8 @@ from ray import serve
 from ray.cluster_utils import Cluster
 from transformers import FalconConfig
 
-from longwing.cluster.deploy import Deployment, connect, deploy
+from longwing.cluster.deploy import connect, deploy
+from longwing.cluster.manifest import Deployment
 from longwing.cluster.options import DeployOptions
 from longwing.engine.options import EngineOptions
 from longwing.server.options import ServerOptions

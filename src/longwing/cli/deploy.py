@@ -1,16 +1,20 @@
 """`longwing deploy`: a model on a Ray cluster, many engines behind one HTTP API."""
 
+import importlib
 import signal
 import threading
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated
 
 import typer
 
 from longwing.cli.console import note, warn
 from longwing.cli.launcher import variables
-from longwing.cli.options import LoadOptions, filled_by, find_model, size
+from longwing.cli.options import LoadOptions, filled_by, find_model, one_of, size
+from longwing.cluster.manifest import KINDS, Deployment, manifest
 from longwing.cluster.options import DeployOptions
 from longwing.engine.folder import ModelFolder
 from longwing.engine.options import EngineOptions
@@ -44,6 +48,16 @@ def deploy(
     down: Annotated[
         bool, typer.Option("--down", help="Take the deployment of that name down instead.")
     ] = False,
+    write: Annotated[
+        str | None,
+        typer.Option(
+            "--write",
+            callback=one_of(KINDS),
+            metavar="KIND",
+            help="Instead of deploying, print a file that does: kuberay, for Kubernetes; compose, "
+            "for Docker on one machine.",
+        ),
+    ] = None,
     memory: Annotated[
         int | None,
         typer.Option(
@@ -66,13 +80,8 @@ def deploy(
     more or fewer engines, or engines with other options, replaced one after another.
     Needs: pip install 'longwing\[cluster]'.
     """
-    try:
-        from longwing.cluster import deploy as cluster
-    except ModuleNotFoundError as error:
-        raise ConfigError(
-            f"{error.name} is not installed", remedy="pip install 'longwing[cluster]'"
-        ) from error
     if down:
+        cluster = _cluster()
         cluster.connect(address, scale, server)
         cluster.take_down(name)
         note(f"{name} is down")
@@ -85,24 +94,41 @@ def deploy(
     options = replace(
         engine, device=load.device, dtype=load.dtype, rope=load.rope, memory=memory, context=context
     )
+    what = Deployment(
+        name=name,
+        folder=folder,
+        model_id=folder.name if Path(model).is_dir() else model,
+        engine=options,
+        server=server,
+        size=scale,
+    )
+    if write is not None:
+        typer.echo(manifest(write, what, version=version("longwing")), nl=False)
+        return
+    cluster = _cluster()
     note(f"deploying {scale.replicas} engines; Ray says more in its dashboard and logs")
     cluster.connect(address, scale, server)
-    cluster.deploy(
-        cluster.Deployment(
-            name=name,
-            folder=folder,
-            model_id=folder.name if Path(model).is_dir() else model,
-            engine=options,
-            server=server,
-            size=scale,
-        )
-    )
+    cluster.deploy(what)
     note(f"serving {name} at http://{server.host}:{server.port}")
     if address is None:
         _until_stopped()
         note("ending: answers at work finish first")
         cluster.take_down(name)
         cluster.shut_down()
+
+
+def _cluster() -> ModuleType:
+    """What knows Ray, which is an extra.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    try:
+        return importlib.import_module("longwing.cluster.deploy")
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"{error.name} is not installed", remedy="pip install 'longwing[cluster]'"
+        ) from error
 
 
 def _until_stopped() -> None:

@@ -5,8 +5,8 @@ starting or draining some; other options replace every replica, one after anothe
 on answering (Ray's rolling update).
 """
 
+import os
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from ray.serve.handle import DeploymentHandle
 
 from longwing.cluster.affinity import Preference
 from longwing.cluster.front import Front
+from longwing.cluster.manifest import Deployment
 from longwing.cluster.options import DeployOptions
 from longwing.cluster.replica import Frame, Replica
 from longwing.cluster.router import PrefixRouter
@@ -29,27 +30,6 @@ ENGINES = "engines"
 """The replicas' deployment."""
 
 _HEALTH_PERIOD_S = 2.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Deployment:
-    """What is deployed.
-
-    Attributes:
-        name: the application's, in the cluster.
-        folder: the model's; every machine must have it at this path.
-        model_id: the name that clients know the model by.
-        engine: settings of each engine.
-        server: of each front; its host and port are the proxies'.
-        size: how many of each.
-    """
-
-    name: str
-    folder: Path
-    model_id: str
-    engine: EngineOptions
-    server: ServerOptions
-    size: DeployOptions
 
 
 class EngineReplica:
@@ -168,3 +148,12 @@ def application(what: Deployment) -> serve.Application:
     return front.bind(
         engines.bind(what.folder, what.engine, drain_s), what.folder, what.model_id, what.server
     )
+
+
+def build(args: dict[str, Any]) -> serve.Application:
+    """What a Ray Serve config file names as `import_path`; its args are `Deployment.to_args`'s.
+
+    The fronts' API keys are in LONGWING_API_KEYS, separated by spaces.
+    """
+    keys = tuple(os.environ.get("LONGWING_API_KEYS", "").split())
+    return application(Deployment.from_args(args, keys))
