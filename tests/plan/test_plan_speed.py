@@ -1,11 +1,19 @@
-"""Decode bounds against floors worked out by hand (ms a step; weights at 4 bits, groups of 128)."""
+"""Bounds against floors worked out by hand: ms a decode step (4 bits, group 128), s a prompt."""
 
 import pytest
 from tiny_models import CONFIGS, config
 
 from longwing.errors import RequestError
 from longwing.models import ModelConfig
-from longwing.plan import BANDWIDTH, bytes_per_step, decode_bound, known_config, plan
+from longwing.plan import (
+    BANDWIDTH,
+    bytes_per_step,
+    decode_bound,
+    known_config,
+    plan,
+    prefill_bound,
+    prefill_flops,
+)
 
 FLOORS_40B = [
     # batch, cache, card, {context: ms}
@@ -84,3 +92,33 @@ def test_group_indices_need_not_be_read():
 def test_a_bandwidth_must_be_above_zero(bandwidth):
     with pytest.raises(RequestError):
         decode_bound(plan(config("llama"), context=64), bandwidth)
+
+
+PREFILL_FLOORS = [
+    # name, operations a second, {tokens: s}
+    ("falcon-40b", 790e12, {2048: 0.217, 8192: 0.929, 24_576: 3.29, 131_072: 34.9}),
+    ("falcon-40b", 125e12, {2048: 1.37, 8192: 5.87, 24_576: 20.8}),
+    ("falcon-7b", 790e12, {2048: 0.036, 8192: 0.162, 24_576: 0.635}),
+]
+
+
+@pytest.mark.parametrize(("name", "rate", "floors"), PREFILL_FLOORS)
+def test_falcons_have_their_known_prefill_floors(name, rate, floors):
+    for tokens, seconds in floors.items():
+        assert prefill_bound(known_config(name), tokens, rate) == pytest.approx(seconds, rel=0.015)
+
+
+def test_a_window_saves_the_pairs_beyond_it():
+    """Of 4 tokens under a window of 2, seven pairs see each other, without one ten."""
+    shape = {**MISTRAL_7B, "num_hidden_layers": 1}
+    whole, narrow = (
+        prefill_flops(ModelConfig.from_hf({**shape, "sliding_window": window}), 4)
+        for window in (None, 2)
+    )
+    assert whole - narrow == 3 * 4 * 4096
+
+
+@pytest.mark.parametrize("rate", [0.0, -1.0, float("nan")])
+def test_a_matrix_rate_must_be_above_zero(rate):
+    with pytest.raises(RequestError, match="not above 0"):
+        prefill_bound(config("llama"), 16, rate)

@@ -5,14 +5,19 @@ import torch
 from live_bytes import LiveBytes
 from tiny_models import config
 
+from longwing.checkpoint import QuantConfig
 from longwing.kernels import BITS, AttentionInputs, KVPages, PackedWeight, dequantize
 from longwing.models import Decoder, empty_model
+from longwing.plan import known_config, plan
 from longwing.plan.workspace import (
+    DENSE_SLICE,
     DEQUANTISE_BYTES,
     activation_bytes,
+    dense_slice_bytes,
     logits_bytes,
     mask_bytes,
     rope_table_bytes,
+    runs_streamed,
 )
 
 CHUNK = 64
@@ -95,6 +100,43 @@ def test_making_a_matrix_dense_holds_what_was_planned(bits, dtype, monkeypatch):
     assert live.peak == pytest.approx(planned, rel=0.05), (
         "kernels.dequantize has changed what it holds; change DEQUANTISE_BYTES with it"
     )
+
+
+def test_a_slice_of_a_streamed_matrix_is_planned_as_the_kernels_cut_it():
+    """128 Mi weights in whole tiles of 128 outputs, and their products."""
+    wna16_triton = pytest.importorskip("longwing.kernels.wna16_triton")
+    assert wna16_triton.DENSE_SLICE == DENSE_SLICE
+    model = empty_model(known_config("falcon-40b"))
+    assert dense_slice_bytes(model, 2048, 2) == 16_384 * (8192 + 2048) * 2
+    small = empty_model(config("llama"))
+    assert dense_slice_bytes(small, 1, 2) == 704 * 257 * 2
+
+
+@pytest.mark.parametrize(
+    ("name", "group_size", "expected"),
+    [
+        ("falcon-40b", 128, True),
+        ("falcon-40b", -1, True),
+        ("falcon-40b", 16, False),
+        ("falcon-7b", 64, True),
+        ("falcon-7b", 128, False),
+    ],
+)
+def test_what_the_kernels_have_no_form_for_is_planned_as_the_reference_runs_it(
+    name, group_size, expected
+):
+    model = empty_model(known_config(name))
+    quant = QuantConfig(bits=4, group_size=group_size)
+    assert runs_streamed(model, quant, 2) is expected
+    assert not runs_streamed(model, quant, 4)
+    halves, floats = (
+        plan(known_config(name), context=8192, quant=quant, dtype=dtype).workspace
+        for dtype in ("bfloat16", "float32")
+    )
+    assert halves.mask == 0 < floats.mask
+    assert (halves.unpacked_zeros == 0) is expected
+    assert halves.dequantised < floats.dequantised
+    assert floats.unpacked_zeros > 0
 
 
 def test_logits_hold_what_was_planned():

@@ -1,27 +1,45 @@
-"""`longwing plan`: what a model needs in memory, and how much context fits."""
+"""`longwing plan`: what a model needs in memory, what fits, and how many GPUs a load takes."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypedDict
 
 import typer
 
 from longwing.checkpoint import Checkpoint, QuantConfig, read_settings
 from longwing.cli.console import AsJson, print_json, print_rows
 from longwing.cli.options import find_model, length, one_of, size
-from longwing.errors import ConfigError
+from longwing.errors import ConfigError, RequestError
 from longwing.models import DTYPES, ModelConfig
 from longwing.plan import (
     BANDWIDTH,
+    CARDS,
     KNOWN,
     KV_FORMATS,
+    Load,
     decode_bound,
     explain,
+    explain_fleet,
+    format_size,
     known_config,
+    plan_fleet,
+    require_carried,
     require_fit,
 )
 from longwing.plan import plan as plan_model
 
+_FLEET = "A fleet, with --rate"
 _NOT_SERVED = ", ".join(name for name in KV_FORMATS if name not in DTYPES)
+
+
+class _Form(TypedDict):
+    """What weights and cache are held as: the arguments that both kinds of plan take."""
+
+    quant: QuantConfig | None
+    bits: int | None
+    group_size: int
+    dtype: str
+    kv_dtype: str | None
+    name: str
 
 
 def plan(
@@ -66,35 +84,128 @@ def plan(
         str | None, typer.Option(help="Memory there is, e.g. 24GiB (2**30) or 24GB (10**9).")
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Sequences held at once.")] = 1,
+    gpu: Annotated[
+        str | None,
+        typer.Option(
+            help=f"The card, for its memory and, with --rate, its speed: {', '.join(CARDS)}.",
+            callback=one_of(CARDS),
+        ),
+    ] = None,
+    tensor_parallel: Annotated[
+        int, typer.Option(min=1, help="GPUs that share the weights and the cache.")
+    ] = 1,
+    rate: Annotated[
+        float | None,
+        typer.Option(help="Requests per second: plan a fleet for them.", rich_help_panel=_FLEET),
+    ] = None,
+    replicas: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Engines there are. Without it: as many as the load takes.",
+            rich_help_panel=_FLEET,
+        ),
+    ] = None,
+    prompt_len: Annotated[
+        str | None,
+        typer.Option(help="Tokens of each prompt. Default 24000.", rich_help_panel=_FLEET),
+    ] = None,
+    answer_len: Annotated[
+        str | None,
+        typer.Option(help="Tokens of each answer. Default 200.", rich_help_panel=_FLEET),
+    ] = None,
+    share: Annotated[
+        float | None,
+        typer.Option(
+            help="Of a prompt's tokens, those found in the prefix cache: 0 (default) to below 1.",
+            rich_help_panel=_FLEET,
+        ),
+    ] = None,
+    documents: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Different shared beginnings in use at once. Without it: every running sequence "
+            "keeps its own.",
+            rich_help_panel=_FLEET,
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Say what a model takes and whether it fits, before anything is downloaded or loaded.
 
-    Exit code 1 when it does not fit into --gpu-memory.
+    With --rate: how many GPUs a load takes, how long its first tokens wait, and what is the
+    bottleneck, from measured speeds. Exit code 1 when something does not fit.
 
     Examples:
       longwing plan falcon-40b --context 24k --bits 4 --group-size 128 --gpu-memory 24GiB
       longwing plan ./config.json --context 8k --kv-dtype int8
+      longwing plan falcon-40b --bits 4 --gpu H200 --rate 1000 --prompt-len 24000 --share 0.9
     """
     config, found = _settings(model)
     asked = _asked(bits, group_size, found)
-    planned = plan_model(
-        config,
-        context=config.context if context is None else length(context),
-        batch=batch,
+    form = _Form(
         quant=found if asked is None else None,
         bits=None if asked is None else asked.bits,
         group_size=-1 if asked is None else asked.group_size,
         dtype=dtype,
         kv_dtype=kv_dtype,
-        memory=None if gpu_memory is None else size(gpu_memory),
         name=model,
+    )
+    if rate is not None:
+        if gpu is None:
+            raise typer.BadParameter("--rate needs --gpu: whose speed is to be reckoned with?")
+        if gpu_memory is not None or context is not None or batch != 1:
+            raise typer.BadParameter(
+                "--rate says itself how much is held at once: leave out --gpu-memory, --context "
+                "and --batch"
+            )
+        try:
+            load = Load(
+                rate=rate,
+                prompt_len=length(prompt_len or "24000"),
+                answer_len=length(answer_len or "200"),
+                share=share or 0.0,
+                documents=documents,
+            )
+        except RequestError as error:
+            raise typer.BadParameter(str(error)) from error
+        fleet = plan_fleet(
+            config, load, CARDS[gpu], tensor_parallel=tensor_parallel, replicas=replicas, **form
+        )
+        if as_json:
+            print_json(fleet.to_json())
+        else:
+            print_rows(model, explain_fleet(fleet))
+        require_carried(fleet)
+        return
+    fleet_only = {
+        "--replicas": replicas,
+        "--prompt-len": prompt_len,
+        "--answer-len": answer_len,
+        "--share": share,
+        "--documents": documents,
+    }
+    for flag, value in fleet_only.items():
+        if value is not None:
+            raise typer.BadParameter(f"{flag} needs --rate: how many requests a second?")
+    memory = size(gpu_memory) if gpu_memory is not None else CARDS[gpu].memory if gpu else None
+    planned = plan_model(
+        config,
+        context=config.context if context is None else length(context),
+        batch=batch,
+        memory=None if memory is None else memory * tensor_parallel,
+        **form,
     )
     bounds = {card: round(decode_bound(planned, rate), 1) for card, rate in BANDWIDTH.items()}
     if as_json:
         print_json({**planned.to_json(), "decode_bound_tokens_per_s": bounds})
     else:
-        print_rows(model, explain(planned))
+        rows = explain(planned)
+        if tensor_parallel > 1:
+            each = format_size(planned.weights.total // tensor_parallel)
+            rows.append(("split", f"over {tensor_parallel} GPUs", f"{each} of weights on each"))
+        print_rows(model, rows)
         rates = ", ".join(f"{card} {rate:,.0f}" for card, rate in bounds.items())
         print_rows("\nno engine decodes faster than", [("tokens/s", rates)])
     require_fit(planned)

@@ -2,10 +2,15 @@
 
 Pure arithmetic on `ModelConfig`; no weights are needed. `weights` counts what a checkpoint holds,
 `workspace` what a forward pass works in; `memory` adds both and the cache up and finds the longest
-context that fits; `speed` bounds the tokens per second. `table` shows a plan to people, `sizes`
-reads and writes numbers as they do, and `known` has a few models by name.
+context that fits; `speed` bounds the tokens per second; `fleet` sizes many GPUs for a load, from
+measured shares of those bounds. `table` shows a plan to people, `sizes` reads and writes numbers as
+they do, and `known` has a few models by name.
 """
 
+from longwing.plan.fleet import FleetPlan, plan_fleet, require_carried
+from longwing.plan.fleet_rates import CARDS
+from longwing.plan.fleet_table import explain_fleet
+from longwing.plan.fleet_work import Load
 from longwing.plan.known import KNOWN, known_config
 from longwing.plan.memory import (
     KV_FORMATS,
@@ -16,17 +21,26 @@ from longwing.plan.memory import (
     require_fit,
 )
 from longwing.plan.sizes import format_size, parse_context, parse_size
-from longwing.plan.speed import BANDWIDTH, bytes_per_step, decode_bound
+from longwing.plan.speed import (
+    BANDWIDTH,
+    bytes_per_step,
+    decode_bound,
+    prefill_bound,
+    prefill_flops,
+)
 from longwing.plan.table import explain
 from longwing.plan.weights import WeightBytes, check_group_size
 from longwing.plan.workspace import RUNTIME_BYTES, Workspace
 
 __all__ = [
     "BANDWIDTH",
+    "CARDS",
     "KNOWN",
     "KV_FORMATS",
     "PREFILL_CHUNK",
     "RUNTIME_BYTES",
+    "FleetPlan",
+    "Load",
     "Plan",
     "WeightBytes",
     "Workspace",
@@ -34,11 +48,16 @@ __all__ = [
     "check_group_size",
     "decode_bound",
     "explain",
+    "explain_fleet",
     "format_size",
     "known_config",
     "kv_bytes_per_token",
     "parse_context",
     "parse_size",
     "plan",
+    "plan_fleet",
+    "prefill_bound",
+    "prefill_flops",
+    "require_carried",
     "require_fit",
 ]

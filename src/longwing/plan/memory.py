@@ -25,10 +25,13 @@ from longwing.plan.weights import (
 from longwing.plan.workspace import (
     Workspace,
     activation_bytes,
+    attends_streamed,
+    dense_slice_bytes,
     dequantised_bytes,
     logits_bytes,
     mask_bytes,
     rope_table_bytes,
+    runs_streamed,
     unpacked_zeros_bytes,
 )
 
@@ -207,14 +210,29 @@ def plan(
         check_group_size(model, quant)
     weights = weight_bytes(model, quant, value_bytes, head_bytes)
     kv_per_token = kv_bytes_per_token(config, kv_dtype)
+    has_mask = not attends_streamed(config, value_bytes)
+    streamed = quant is not None and runs_streamed(model, quant, value_bytes)
+
+    def dequantised(tokens: int) -> int:
+        if quant is None:
+            return 0
+        if streamed:
+            return dense_slice_bytes(model, tokens, value_bytes)
+        return dequantised_bytes(model, value_bytes)
+
+    def unpacked_zeros() -> int:
+        # Symmetric weights have none on a GPU. The packed ones stay counted: under 1 %.
+        if quant is None or (streamed and quant.sym):
+            return 0
+        return unpacked_zeros_bytes(weights, quant.bits)
 
     def workspace(context: int) -> Workspace:
         chunk = min(prefill_chunk, context)
         return Workspace(
             activations=activation_bytes(config, max(chunk, batch), value_bytes),
-            mask=mask_bytes(config, chunk, context, value_bytes),
-            dequantised=0 if quant is None else dequantised_bytes(model, value_bytes),
-            unpacked_zeros=0 if quant is None else unpacked_zeros_bytes(weights, quant.bits),
+            mask=mask_bytes(config, chunk, context, value_bytes) if has_mask else 0,
+            dequantised=dequantised(chunk),
+            unpacked_zeros=unpacked_zeros(),
             logits=logits_bytes(config, batch, head_bytes),
             rope_tables=rope_table_bytes(config, context),
         )

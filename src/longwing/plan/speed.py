@@ -1,14 +1,17 @@
-"""Bounds on decoding speed, from bytes alone.
+"""Bounds on speed: decoding from bytes alone, reading from multiplications alone.
 
 The one idea: a decode step costs one pass over the weights and one over the cache in sight, so
 memory bandwidth bounds it, whatever the kernels. (At large batches arithmetic may bound it lower
-still.) How close an engine comes is for a benchmark.
+still.) A long prompt multiplies every weight with every token, so arithmetic bounds its reading.
+How close an engine comes is for a benchmark.
 """
 
 from collections.abc import Mapping
 
 from longwing.errors import RequestError
+from longwing.models import ModelConfig, empty_model
 from longwing.plan.memory import Plan
+from longwing.plan.weights import block_linears
 
 
 def bytes_per_step(plan: Plan) -> int:
@@ -37,6 +40,43 @@ def decode_bound(plan: Plan, bandwidth: float) -> float:
     if not bandwidth > 0:
         raise RequestError(f"bandwidth {bandwidth} bytes/s is not above 0")
     return plan.batch * bandwidth / bytes_per_step(plan)
+
+
+def prefill_flops(config: ModelConfig, tokens: int) -> int:
+    """Operations that reading a prompt takes, two for each multiply-add.
+
+    Every weight of the blocks for every token, the head for the last alone; and in each layer, for
+    each query head, a key and a value for every pair of tokens of which one sees the other. Norms,
+    rotations and activation functions are left out.
+    """
+    model = empty_model(config)
+    blocks = sum(linear.in_features * linear.out_features for _, linear in block_linears(model))
+    head = model.lm_head.in_features * model.lm_head.out_features
+    return 2 * (blocks * tokens + head) + attention_flops(config, tokens)
+
+
+def attention_flops(config: ModelConfig, tokens: int) -> int:
+    """Of `prefill_flops`, what attention takes: it grows with the square of the prompt."""
+    # (T T + T) / 2 pairs in a whole triangle; under a window W the rows beyond it see W each.
+    seen = (tokens if window is None else min(window, tokens) for window in config.windows)
+    pairs = sum(W * (W + 1) // 2 + (tokens - W) * W for W in seen)
+    return 4 * config.num_heads * config.head_dim * pairs
+
+
+def prefill_bound(config: ModelConfig, tokens: int, flops_per_s: float) -> float:
+    """Seconds below which no engine reads a prompt.
+
+    Args:
+        config: the model.
+        tokens: in the prompt.
+        flops_per_s: the rate of large matrix products; attention is granted the same.
+
+    Raises:
+        RequestError: the rate is not above 0.
+    """
+    if not flops_per_s > 0:
+        raise RequestError(f"a rate of {flops_per_s} operations/s is not above 0")
+    return prefill_flops(config, tokens) / flops_per_s
 
 
 BANDWIDTH: Mapping[str, float] = {

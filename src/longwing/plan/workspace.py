@@ -1,27 +1,33 @@
 """`Workspace`: the bytes in use beside weights and cache, at the fullest moment of a forward pass.
 
 Each part is one function that says what it counts and what it takes for granted. They bound what
-our own modules hold, and tests hold them to that; on an H200, two-layer Falcons of all kinds (torch
-2.11, chunks of 2,048 tokens, contexts of 2,048 to 24,576) peaked 1 to 10 % below their plans.
+our own modules hold, and tests hold them to that.
 
-Not counted: what the allocator loses between blocks.
+The one idea: activations of 16 bits run through the GPU's kernels, which build no mask and make a
+slice of a packed matrix dense at a time; float32 runs through the reference, which builds both
+whole (`kernels/choice.py`). So the number type says which of the two is planned for.
 
 Letters: T tokens in a forward pass, C context, D model dim, F MLP dim, N query heads, H head dim,
 V vocabulary.
 """
 
+import math
 from dataclasses import asdict, dataclass
 
+from longwing.checkpoint import QuantConfig
 from longwing.kernels import DEQUANTISE_TILE
+from longwing.kernels.streamed import CELL_IN, FINEST_GROUP, TILE_OUT
 from longwing.models import Decoder, ModelConfig
 from longwing.plan.weights import WeightBytes, block_linears
 from longwing.rope import ladder
 
-RUNTIME_BYTES = 768 * 2**20
-"""What a CUDA process takes beside its tensors: driver context, loaded kernels, cuBLAS workspace.
+RUNTIME_BYTES = 2**30
+"""What a CUDA process takes beside its tensors: driver context, loaded kernels, what the allocator
+loses between blocks. CUDA graphs are counted by the engine that records them.
 
-Measured: 527 MiB for the bare context, 729 MiB after matrix products and attention (H200, CUDA 13,
-torch 2.11).
+Measured (H200, CUDA 13, torch 2.11): 527 MiB for the bare context, 729 MiB after matrix products
+and attention; 1,143 MiB beside Falcon-40B's tensors after decoding and a prompt of 24,000 tokens,
+of which the allocator gives some back where memory is short.
 """
 
 DEQUANTISE_BYTES = 15
@@ -29,6 +35,12 @@ DEQUANTISE_BYTES = 15
 
 Values 1, values minus zeros 2, those in float32 4, the scale of each 4, the product 4.
 """
+
+DENSE_SLICE = 2**27
+"""Weights that `kernels.wna16_triton` makes dense at once (a test holds it to that)."""
+
+WIDEST_HEAD = 256
+"""The widest head whose attention runs through the GPU's kernels."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +50,8 @@ class Workspace:
     Attributes:
         activations: of one block over one prefill chunk; see `activation_bytes`.
         mask: the attention mask of that chunk; see `mask_bytes`.
-        dequantised: the largest packed matrix while it is made dense; see `dequantised_bytes`.
+        dequantised: of a packed matrix, what is dense at once; see `dequantised_bytes` and
+            `dense_slice_bytes`.
         unpacked_zeros: what zero points take in memory beyond their packed form; see
             `unpacked_zeros_bytes`.
         logits: of one step; see `logits_bytes`.
@@ -98,8 +111,8 @@ def mask_bytes(config: ModelConfig, tokens: int, context: int, value_bytes: int)
 def dequantised_bytes(model: Decoder, value_bytes: int) -> int:
     """One packed matrix, the largest, while it is made dense to be multiplied with.
 
-    That is how `kernels.packed_matmul` works: the whole matrix in the activations' dtype, made in
-    tiles of 32 rows or more.
+    That is how the reference, `kernels.packed_matmul`, works: the whole matrix in the activations'
+    dtype, made in tiles of 32 rows or more.
     """
     _, largest = max(
         block_linears(model), key=lambda named: named[1].in_features * named[1].out_features
@@ -107,6 +120,37 @@ def dequantised_bytes(model: Decoder, value_bytes: int) -> int:
     values = largest.in_features * largest.out_features
     tile = min(values, max(DEQUANTISE_TILE, 32 * largest.out_features))
     return values * value_bytes + DEQUANTISE_BYTES * tile
+
+
+def dense_slice_bytes(model: Decoder, tokens: int, value_bytes: int) -> int:
+    """A slice of the largest packed matrix made dense, and its product for T tokens.
+
+    That is how a GPU's kernels multiply many tokens: outputs are taken so many at a time that the
+    slice has DENSE_SLICE values.
+    """
+    most = 0
+    for _, linear in block_linears(model):
+        tiles = max(DENSE_SLICE // linear.in_features // TILE_OUT, 1)
+        rows = min(tiles * TILE_OUT, linear.out_features)
+        most = max(most, rows * (linear.in_features + tokens))
+    return most * value_bytes
+
+
+def runs_streamed(model: Decoder, quant: QuantConfig, value_bytes: int) -> bool:
+    """Whether the GPU's kernels have a form for every packed matrix."""
+    if value_bytes != 2:
+        return False
+    for _, linear in block_linears(model):
+        K = linear.in_features
+        own = K if quant.group_size == -1 else quant.group_size
+        if K % own or (own != K and math.gcd(own, CELL_IN) < FINEST_GROUP):
+            return False
+    return True
+
+
+def attends_streamed(config: ModelConfig, value_bytes: int) -> bool:
+    """Whether attention runs through the GPU's kernels."""
+    return value_bytes == 2 and config.head_dim % 16 == 0 and config.head_dim <= WIDEST_HEAD
 
 
 def unpacked_zeros_bytes(weights: WeightBytes, bits: int) -> int:
