@@ -16,6 +16,7 @@ LongwingError
 ├── OverloadedError        there are as many requests as may wait; try again later
 ├── ServerError            a server answered with an error, or not at all
 ├── CalibrationError       the calibration text cannot be read, or is too little
+├── TuningError            training data cannot be used, or a run cannot go on
 ├── EvalError              an evaluation cannot be run, or its record cannot be read
 ├── HubError               a download failed, or is needed while offline
 └── ConvertError           a foreign file cannot be converted
@@ -151,6 +152,10 @@ class ServerError(LongwingError):
 
 class CalibrationError(LongwingError):
     """The calibration text cannot be read, or there is too little of it."""
+
+
+class TuningError(LongwingError):
+    """Training data cannot be used, or a run cannot go on."""
 
 
 class EvalError(LongwingError):

@@ -61,6 +61,12 @@ def generate(
             "--special-tokens", help="Read special tokens in the prompt as such, not as text."
         ),
     ] = False,
+    adapter: Annotated[
+        Path | None,
+        typer.Option(
+            help="A LoRA adapter's folder; its RoPE settings hold, unless --rope is given."
+        ),
+    ] = None,
     as_json: AsJson = False,
     load: LoadOptions,
     params: SamplingParams,
@@ -76,7 +82,7 @@ def generate(
     folder = find_model(model)
     prompt_ids = encode_prompt(Tokenizer.from_folder(folder), text, template, special_tokens)
     warn_of_idle(params)
-    generator = load_generator(folder, load)
+    generator = load_generator(folder, load, adapter)
     if as_json:
         with progress("reading the prompt") as advance:
             completion = generator.generate(prompt_ids, params, progress=advance)

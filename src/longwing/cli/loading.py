@@ -12,8 +12,8 @@ from longwing.plan import parse_context
 logger = logging.getLogger(__name__)
 
 
-def load_generator(folder: Path, options: LoadOptions) -> Generator:
-    """Load a model as the options say."""
+def load_generator(folder: Path, options: LoadOptions, adapter: Path | None = None) -> Generator:
+    """Load a model as the options say, and an adapter with it."""
     with progress(f"loading {folder.name}", in_bytes=True) as advance:
         generator = load_folder(
             folder,
@@ -21,6 +21,7 @@ def load_generator(folder: Path, options: LoadOptions) -> Generator:
             dtype=options.dtype,
             context=None if options.context is None else parse_context(options.context),
             rope=options.rope,
+            adapter=adapter,
             progress=advance,
         )
     if unknown := generator.model.config.unknown:

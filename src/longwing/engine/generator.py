@@ -16,13 +16,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from longwing.checkpoint import Checkpoint
+from longwing.checkpoint.adapter import Adapter
+from longwing.checkpoint.derived import with_settings
 from longwing.engine.folder import ModelFolder
 from longwing.engine.request import FinishReason, SamplingParams
 from longwing.engine.sampler import SamplingState, sample
 from longwing.engine.transcript import Transcript
 from longwing.errors import ContextLengthError, RequestError, SamplingError
 from longwing.kernels import AttentionInputs, KVPages
-from longwing.models import DTYPES, Decoder, find_device, load_model
+from longwing.layers.lora import attach
+from longwing.models import DTYPES, Decoder, ModelConfig, find_device, load_model
 from longwing.models.memory import out_of_memory
 from longwing.models.streaming import stream_weights
 from longwing.plan import PREFILL_CHUNK, RUNTIME_BYTES, require_fit
@@ -332,6 +336,7 @@ def load(
     dtype: str = "auto",
     context: int | None = None,
     rope: RopeConfig | str | None = None,
+    adapter: str | Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Generator:
     """Load a model folder, ready to generate.
@@ -343,14 +348,19 @@ def load(
             "bfloat16".
         context: longest prompt and answer together, in tokens; None is what the model claims.
         rope: RoPE settings in place of the model's own, or words for them: "dynamic,factor=4".
+        adapter: a LoRA adapter's folder. The RoPE settings it was tuned under hold, unless others
+            are given.
         progress: called with (bytes read, bytes in all).
 
     Raises:
-        CheckpointError: the folder cannot be used; says which file or tensor, and why.
+        CheckpointError: a folder cannot be used; says which file or tensor, and why.
     """
     if dtype != "auto" and dtype not in DTYPES:
         raise RequestError(f'dtype "{dtype}" is not one of auto, {", ".join(DTYPES)}')
     where = find_device(device)
+    adapters = [] if adapter is None else [Adapter.open(adapter)]
+    for found in adapters:
+        rope = rope or _tuned_rope(Path(path), found)
     folder = ModelFolder.open(path, rope)
     if where.type == "cuda":
         _require_room(folder, where, dtype, context)
@@ -362,9 +372,19 @@ def load(
         rope=None if rope is None else folder.config.rope,
         progress=progress,
     )
-    if where.type == "cuda":
+    if adapters:
+        attach(model, adapters)
+    elif where.type == "cuda":
         stream_weights(model)
     return Generator(model, folder.tokenizer)
+
+
+def _tuned_rope(path: Path, adapter: Adapter) -> RopeConfig | None:
+    """The RoPE settings that an adapter was tuned under; None if it does not say."""
+    if not adapter.settings:
+        return None
+    config = Checkpoint.open(path).config
+    return ModelConfig.from_hf(with_settings(config, adapter.settings)).rope
 
 
 def _require_room(

@@ -1,0 +1,199 @@
+"""`LoRALinear`: low-rank adapters round a `Linear`, dense or packed, one or many at once.
+
+Tuning trains one adapter; serving holds several and picks one for each token. What an adapter's
+files say is `checkpoint/adapter.py`; here it meets a model: `attach` refuses one whose layers or
+shapes are not the model's.
+
+Shape key: T packed tokens, I in features, O out features, R ranks of all adapters together.
+
+The one idea: adapters lie side by side along the rank. All tokens go down through one matrix
+(R, I), a mask keeps each token's own ranks and zeroes the others', and one matrix (O, R) takes them
+up. So a batch of any mixture of adapters takes two multiplications of fixed shapes, which a CUDA
+graph can hold. (Hu et al., arXiv:2106.09685, section 4.1, for a single one.)
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from longwing.checkpoint.adapter import Adapter
+from longwing.checkpoint.strict_json import show
+from longwing.errors import CheckpointError
+from longwing.kernels import PackedWeight, dequantize, packed_matmul
+from longwing.layers.linear import Linear
+
+
+class AdapterChoice:
+    """Which adapter each token goes through; one object that all layers of a model look at.
+
+    Attributes:
+        of: the adapter's index for all tokens, or (T,) int64 with one for each; -1 is none. Set
+            before a forward pass; a CUDA graph keeps the tensor, so write into it with `copy_`.
+    """
+
+    def __init__(self) -> None:
+        self.of: int | Tensor = 0
+
+
+class LoRALinear(nn.Module):
+    """base(x) + sum over a token's ranks of scale * B (A x), (T, I) -> (T, O).
+
+    The base stays as it is; `A_RI` and `B_OR` are parameters without gradient until someone asks.
+
+    Args:
+        base: the linear.
+        choice: which adapter each token goes through.
+        like: any tensor where adapters shall lie, and in the number type they shall be kept in.
+    """
+
+    A_RI: nn.Parameter
+    B_OR: nn.Parameter
+    owner_R: Tensor
+    scale_R: Tensor
+
+    def __init__(self, base: Linear, choice: AdapterChoice, like: Tensor) -> None:
+        super().__init__()
+        self.base = base
+        self.choice = choice
+        self.in_features, self.out_features = base.in_features, base.out_features
+        self.A_RI = nn.Parameter(like.new_empty(0, base.in_features), requires_grad=False)
+        self.B_OR = nn.Parameter(like.new_empty(base.out_features, 0), requires_grad=False)
+        self.register_buffer("owner_R", like.new_empty(0, dtype=torch.int64))
+        self.register_buffer("scale_R", like.new_empty(0, dtype=torch.float32))
+
+    def add(self, index: int, A_RI: Tensor, B_OR: Tensor, scale: float) -> None:
+        """Lay one more adapter beside those that are there; cast and moved to where they lie."""
+        A_new, B_new = A_RI.to(self.A_RI), B_OR.to(self.B_OR)
+        rank = len(A_RI)
+        self.A_RI = nn.Parameter(torch.cat((self.A_RI, A_new)), requires_grad=False)
+        self.B_OR = nn.Parameter(torch.cat((self.B_OR, B_new), 1), requires_grad=False)
+        self.owner_R = torch.cat((self.owner_R, self.owner_R.new_full((rank,), index)))
+        self.scale_R = torch.cat((self.scale_R, self.scale_R.new_full((rank,), scale)))
+
+    def begin(self, rank: int, scale: float, generator: torch.Generator) -> None:
+        """Make room for one adapter to be trained, in float32: A at random, B zero.
+
+        Drawn on the CPU, so that a seed means the same everywhere; uniform within 1 / sqrt(I), as
+        peft begins.
+        """
+        bound = 1 / math.sqrt(self.in_features)
+        A_RI = torch.empty(rank, self.in_features).uniform_(-bound, bound, generator=generator)
+        where = self.A_RI.device
+        self.A_RI = nn.Parameter(A_RI.to(where))
+        self.B_OR = nn.Parameter(torch.zeros(self.out_features, rank, device=where))
+        self.owner_R = torch.zeros(rank, dtype=torch.int64, device=where)
+        self.scale_R = torch.full((rank,), scale, device=where)
+
+    def forward(self, x_TI: Tensor) -> Tensor:
+        """(T, I) -> (T, O)."""
+        if torch.is_autocast_enabled(x_TI.device.type):  # once, for the base and the adapter
+            x_TI = x_TI.to(torch.get_autocast_dtype(x_TI.device.type))
+        out_TO = self._of_base(x_TI)
+        if not len(self.owner_R):
+            return out_TO
+        of = self.choice.of
+        own = self.owner_R == (of[:, None] if isinstance(of, Tensor) else of)
+        low_TR = F.linear(x_TI, self.A_RI)
+        low_TR = low_TR * (own * self.scale_R).to(low_TR.dtype)
+        return out_TO + F.linear(low_TR, self.B_OR)
+
+    def _of_base(self, x_TI: Tensor) -> Tensor:
+        """The base's output; where a gradient is wanted through packed weights, without them."""
+        wanted = torch.is_grad_enabled() and x_TI.requires_grad
+        packed = self.base.packed if wanted and isinstance(self.base, Linear) else None
+        if packed is None:
+            return self.base(x_TI)
+        out_TO = _PackedProduct.apply(x_TI, packed)
+        return out_TO if self.base.bias is None else out_TO + self.base.bias
+
+
+class _PackedProduct(torch.autograd.Function):
+    """x @ dequantised weight; the way back dequantises again rather than keep a dense matrix."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TK: Tensor, packed: PackedWeight) -> Tensor:
+        ctx.packed = packed
+        return packed_matmul(x_TK, packed)
+
+    @staticmethod
+    def backward(ctx: Any, grad_TN: Tensor) -> tuple[Tensor, None]:
+        return grad_TN @ dequantize(ctx.packed, grad_TN.dtype).T, None
+
+
+def attach(
+    model: nn.Module, adapters: Sequence[Adapter], choice: AdapterChoice | None = None
+) -> AdapterChoice:
+    """Put adapters round a model's linears, in place; the index of each is its place in the list.
+
+    Returns:
+        What chooses between them; at first all tokens go through the first.
+
+    Raises:
+        CheckpointError: an adapter has a layer that the model lacks, or one of another shape.
+    """
+    choice = choice or AdapterChoice()
+    linears = dict(adaptable(model))
+    for adapter in adapters:
+        check_fits(adapter, {name: (m.out_features, m.in_features) for name, m in linears.items()})
+    for index, adapter in enumerate(adapters):
+        for name, (A_RI, B_OR) in adapter.layers.items():
+            wrap(model, name, choice).add(index, A_RI, B_OR, adapter.config.scale)
+    return choice
+
+
+def wrap(model: nn.Module, name: str, choice: AdapterChoice) -> LoRALinear:
+    """The `LoRALinear` in a linear's place, put there if need be."""
+    module = model.get_submodule(name)
+    if isinstance(module, LoRALinear):
+        return module
+    if not isinstance(module, Linear):
+        raise TypeError(f"{name} is a {type(module).__name__}, not a Linear")
+    # The embedding comes first, and is never packed: it has the activations' number type.
+    wrapped = LoRALinear(module, choice, next(model.parameters()).detach())
+    owner, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(owner), leaf, wrapped)
+    return wrapped
+
+
+def adaptable(model: nn.Module) -> Iterator[tuple[str, Linear | LoRALinear]]:
+    """Every linear by its checkpoint name, wrapped or not."""
+    inside = ""
+    for name, module in model.named_modules():
+        if inside and name.startswith(inside):
+            continue
+        if isinstance(module, LoRALinear):
+            inside = f"{name}."
+        if isinstance(module, Linear | LoRALinear):
+            yield name, module
+
+
+def check_fits(adapter: Adapter, shapes: dict[str, tuple[int, int]]) -> None:
+    """Refuse an adapter of another model.
+
+    Args:
+        adapter: the adapter.
+        shapes: (O, I) of each of the model's linears, by name.
+
+    Raises:
+        CheckpointError: names the layer, both shapes, and which model the adapter says it is for.
+    """
+    made_for = adapter.config.base_model
+    remedy = "the adapter is of another model" + (f" ({show(made_for)})" if made_for else "")
+    for layer, (A_RI, B_OR) in adapter.layers.items():
+        if layer not in shapes:
+            raise CheckpointError(
+                "the model has no such linear", file=str(adapter.path), tensor=layer, remedy=remedy
+            )
+        have = (B_OR.shape[0], A_RI.shape[1])
+        if have != shapes[layer]:
+            raise CheckpointError(
+                f"adapts {have[1]} -> {have[0]} features, but the model's has {shapes[layer][1]} "
+                f"-> {shapes[layer][0]}",
+                file=str(adapter.path),
+                tensor=layer,
+                remedy=remedy,
+            )
