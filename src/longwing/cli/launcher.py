@@ -28,7 +28,10 @@ _SAGEMAKER = {
     "trust_remote_code": "HF_MODEL_TRUST_REMOTE_CODE",
 }
 
-_OURS = ("host", "hostname", "device", "context", "rope", "memory")
+_OURS = (
+    "host", "hostname", "device", "context", "rope", "memory",
+    "ui", "admin_key", "model_dir", "runs_dir",
+)  # fmt: skip
 """Names that other programs use for their own ends (a shell's HOST, a container's HOSTNAME)."""
 
 

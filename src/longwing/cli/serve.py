@@ -6,6 +6,7 @@ works unchanged.
 """
 
 import logging
+import os
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ import typer
 from longwing.cli.console import note, print_rows, progress, warn
 from longwing.cli.launcher import LauncherFlags, variables
 from longwing.cli.options import LoadOptions, filled_by, find_model, size
-from longwing.demo import DEMO_NAME
+from longwing.demo import DEMO_NAME, cache_folder
 from longwing.engine.folder import ModelFolder
 from longwing.engine.options import EngineOptions
 from longwing.engine.service import EngineService, engine_process
@@ -29,6 +30,8 @@ from longwing.server.app import serving_for
 from longwing.server.options import ServerOptions
 from longwing.server.run import run
 from longwing.server.serving import Serving
+from longwing.web.options import WebOptions
+from longwing.web.web import Started, Web
 
 _log = logging.getLogger(__name__)
 
@@ -36,6 +39,7 @@ _log = logging.getLogger(__name__)
 @filled_by(LauncherFlags, "As text-generation-launcher", variables=variables)
 @filled_by(EngineOptions, "Engine", variables=variables)
 @filled_by(LoadOptions, "Loading", variables=variables)
+@filled_by(WebOptions, "Web page", variables=variables)
 @filled_by(ServerOptions, "Server", variables=variables)
 def serve(
     *,
@@ -61,8 +65,9 @@ def serve(
     engine: EngineOptions,
     server: ServerOptions,
     launcher: LauncherFlags,
+    web: WebOptions,
 ) -> None:
-    """Serve a model over HTTP: TGI's routes, and OpenAI's under /v1.
+    """Serve a model over HTTP: TGI's routes, OpenAI's under /v1, and a page for people at /ui.
 
     Listens on this machine only, unless --host says otherwise. Every option can be given in the
     environment: as LONGWING_PORT, or as text-generation-launcher calls it (PORT, MODEL_ID…).
@@ -90,20 +95,38 @@ def serve(
         warn(f"anyone who can reach {server.host} may ask; --api-keys restricts it")
     if server.api_keys:
         note(f"only requests with one of {len(server.api_keys)} API keys are answered")
+
+    def launch(folder: Path, options: EngineOptions) -> EngineService:
+        level = logging.getLevelName(logging.getLogger().getEffectiveLevel())
+        return EngineService(
+            engine_process(folder, options, log_level=level),
+            max_requests=server.max_concurrent_requests,
+        )
+
+    def announce(url: str) -> None:
+        note(f"serving {name} at {url}")
+        if web.ui:
+            note(f"its page: {url}/ui")
+
+    started = Started(path=folder, name=name, options=options, launch=launch)
     run(
         server,
-        lambda: _open(folder, name, options, server),
-        announce=lambda url: note(f"serving {name} at {url}"),
+        lambda: _open(folder, name, launch(folder, options), server),
+        announce=announce,
+        extension=_page(web, started) if web.ui else None,
     )
 
 
-async def _open(folder: Path, name: str, options: EngineOptions, server: ServerOptions) -> Serving:
+def _page(web: WebOptions, started: Started) -> Web:
+    """The page; it lists what lies beside the served folder, and the demo model."""
+    cache = cache_folder(os.environ)
+    roots = [Path(folder).expanduser() for folder in web.model_dir] or [started.path.parent]
+    runs_dir = cache / "runs" if web.runs_dir is None else Path(web.runs_dir).expanduser()
+    return Web(web, started, roots=[*roots, cache / "models"], runs_dir=runs_dir)
+
+
+async def _open(folder: Path, name: str, service: EngineService, server: ServerOptions) -> Serving:
     """Start the engine, show how far it is, and say what it came to."""
-    level = logging.getLevelName(logging.getLogger().getEffectiveLevel())
-    service = EngineService(
-        engine_process(folder, options, log_level=level),
-        max_requests=server.max_concurrent_requests,
-    )
     with ExitStack() as stack:
         service.on_loading.append(
             stack.enter_context(progress(f"loading {folder.name}", in_bytes=True))

@@ -1,16 +1,21 @@
-"""The application: the routes behind the guard, with every error through `faults.py`."""
+"""The application: the routes behind the guard, with every error through `faults.py`.
+
+What is served can be exchanged while the application runs (`exchange`), and a room above may bring
+routes of its own (`Extension`): the web page does both.
+"""
 
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, Protocol
 
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.types import Scope
 
 from longwing.errors import EngineDeadError
 from longwing.server import faults, openai, tgi, tgi_status, tgi_tokenize
@@ -49,7 +54,33 @@ def serving_for(
     )
 
 
-def make_app(serving: Serving) -> FastAPI:
+class Extension(Protocol):
+    """Routes that a room above adds to the application.
+
+    Attributes:
+        payload_limits: paths whose bodies may have another length than the options say.
+    """
+
+    payload_limits: Mapping[str, int]
+
+    def install(self, app: FastAPI) -> None:
+        """Add the routes; they come before the server's own. `app.state.serving` is there."""
+        ...
+
+    def is_open(self, scope: Scope) -> bool:
+        """Whether a request needs no API key."""
+        ...
+
+    async def settle(self) -> None:
+        """The server is told to stop: from now on exchange nothing; what serves is its to end."""
+        ...
+
+    async def close(self) -> None:
+        """End what the routes have begun, while the last requests are answered."""
+        ...
+
+
+def make_app(serving: Serving, extension: Extension | None = None) -> FastAPI:
     """The server as an ASGI application; the engine is started, and stopped, by the caller."""
 
     @contextlib.asynccontextmanager
@@ -68,14 +99,21 @@ def make_app(serving: Serving) -> FastAPI:
         redoc_url=None,
         redirect_slashes=False,
     )
-    app.state.serving = serving
     app.state.openai_handlers = {"chat": _chat, "completion": _completion}
-    serving.service.on_step.append(serving.metrics.observe_step)
+    exchange(app, serving)
+    if extension is not None:
+        extension.install(app)
     for part in (tgi, openai, tgi_tokenize, tgi_status):
         app.include_router(part.router)
     faults.install(app)
+    more: dict[str, Any] = {}
+    if extension is not None:
+        more = {"is_open": extension.is_open, "payload_limits": extension.payload_limits}
     app.add_middleware(
-        Guard, options=serving.options, on_overload=serving.metrics.request_overloaded
+        Guard,
+        options=serving.options,
+        on_overload=lambda: current(app).metrics.request_overloaded(),
+        **more,
     )
     if serving.options.cors_allow_origin:
         # Outside the guard: a browser's preflight brings no key.
@@ -86,6 +124,18 @@ def make_app(serving: Serving) -> FastAPI:
             allow_headers=["*"],
         )
     return app
+
+
+def current(app: FastAPI) -> Serving:
+    """What is served now."""
+    serving: Serving = app.state.serving
+    return serving
+
+
+def exchange(app: FastAPI, serving: Serving) -> None:
+    """Serve this from now on; requests at work keep what they began with."""
+    serving.service.on_step.append(serving.metrics.observe_step)
+    app.state.serving = serving
 
 
 async def _chat(http: Request, body: dict[str, Any]) -> Response:

@@ -16,7 +16,8 @@ import ipaddress
 import re
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from types import MappingProxyType
 
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
@@ -41,6 +42,8 @@ class Guard:
         app: what is guarded.
         options: keys and limits.
         on_overload: called for each request that is refused because too many are at work.
+        is_open: what needs no key beside OPEN_PATHS, such as a page that asks its reader for one.
+        payload_limits: paths whose bodies may have another length than the options say.
 
     Attributes:
         num_at_work: POST requests that are being answered.
@@ -52,9 +55,13 @@ class Guard:
         options: ServerOptions,
         *,
         on_overload: Callable[[], None] = lambda: None,
+        is_open: Callable[[Scope], bool] = lambda scope: False,
+        payload_limits: Mapping[str, int] = MappingProxyType({}),
     ) -> None:
         self.app = app
         self.on_overload = on_overload
+        self.is_open = is_open
+        self.payload_limits = payload_limits
         self.options = options
         self.num_at_work = 0
         self._keys = [_digest(key.encode()) for key in options.api_keys]
@@ -125,8 +132,7 @@ class Guard:
         origin = _header(scope, b"origin").lower()
         if not origin or not {"*", origin}.isdisjoint(self._origins):
             return
-        ours = origin.partition("://")[2]  # an origin has no path
-        if not ours or (ours != host and _name(ours) not in self._named):
+        if not is_own_origin(origin, host, self._named):
             raise HTTPException(
                 403, "pages of this Origin may not ask; serve with --cors-allow-origin to let them"
             )
@@ -137,7 +143,7 @@ class Guard:
 
     def _check_key(self, scope: Scope) -> None:
         """Every key is compared, and in constant time, whichever fits."""
-        if not self._keys or scope["path"] in OPEN_PATHS:
+        if not self._keys or scope["path"] in OPEN_PATHS or self.is_open(scope):
             return
         kind, _, key = _header(scope, b"authorization").partition(" ")
         given = _digest(key.strip().encode("latin-1"))
@@ -155,17 +161,20 @@ class Guard:
         announced = _header(scope, b"content-length").lstrip("0")
         # Python refuses to read a number of thousands of digits; nobody needs to.
         huge = len(announced) > 18
-        if announced.isdecimal() and (huge or int(announced) > self.options.payload_limit):
-            raise self._too_large()
+        if announced.isdecimal() and (huge or int(announced) > self._limit(scope)):
+            raise self._too_large(scope)
 
-    def _too_large(self) -> HTTPException:
-        return HTTPException(413, f"body of more than {self.options.payload_limit} bytes")
+    def _limit(self, scope: Scope) -> int:
+        return self.payload_limits.get(scope["path"], self.options.payload_limit)
+
+    def _too_large(self, scope: Scope) -> HTTPException:
+        return HTTPException(413, f"body of more than {self._limit(scope)} bytes")
 
     def _bounded(self, scope: Scope, receive: Receive) -> Receive:
         """`receive`, counting and timing the body; it is not kept here."""
         clock = asyncio.get_running_loop().time
         deadline = clock() + self.options.body_timeout_s
-        left = self.options.payload_limit
+        left = self._limit(scope)
         complete = False
 
         async def bounded() -> Message:
@@ -181,7 +190,7 @@ class Guard:
                 ) from None
             left -= len(message.get("body", b""))
             if left < 0:
-                raise self._too_large()
+                raise self._too_large(scope)
             complete = not message.get("more_body", False)
             return message
 
@@ -212,6 +221,18 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def is_own_origin(origin: str, host: str, named: Collection[str]) -> bool:
+    """Whether a page is this server's own.
+
+    Args:
+        origin: the request's Origin, in lower case.
+        host: its Host.
+        named: further names that are this server.
+    """
+    ours = origin.partition("://")[2]  # an origin has no path
+    return bool(ours) and (ours == host or _name(ours) in named)
 
 
 def _digest(key: bytes) -> bytes:

@@ -20,7 +20,7 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from longwing.errors import ConfigError
-from longwing.server.app import make_app
+from longwing.server.app import Extension, current, make_app
 from longwing.server.options import MAX_HEADER_BYTES, ServerOptions
 from longwing.server.serving import Serving
 
@@ -35,6 +35,7 @@ def run(
     open_serving: Callable[[], Awaitable[Serving]],
     *,
     announce: Callable[[str], None] | None = None,
+    extension: Extension | None = None,
 ) -> None:
     """Serve until told to stop.
 
@@ -43,12 +44,13 @@ def run(
         open_serving: starts the engine; may take minutes. The port is taken before that, so that
             one that is in use is found at once, but answers nothing yet.
         announce: called with the server's URL when it answers.
+        extension: routes of a room above.
 
     Raises:
         ConfigError: the address cannot be listened on.
     """
     with contextlib.closing(bind(options)) as sock:
-        asyncio.run(_run(options, open_serving, sock, announce))
+        asyncio.run(_run(open_serving, sock, announce, extension))
 
 
 def bind(options: ServerOptions) -> socket.socket:
@@ -73,10 +75,10 @@ def bind(options: ServerOptions) -> socket.socket:
 
 
 async def _run(
-    options: ServerOptions,
     open_serving: Callable[[], Awaitable[Serving]],
     sock: socket.socket,
     announce: Callable[[str], None] | None,
+    extension: Extension | None,
 ) -> None:
     stop, hurry = asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -87,7 +89,9 @@ async def _run(
         opening.cancel()
         await asyncio.gather(opening, return_exceptions=True)
         return
-    await serve(opening.result(), sock, stop=stop, hurry=hurry, announce=announce)
+    await serve(
+        opening.result(), sock, stop=stop, hurry=hurry, announce=announce, extension=extension
+    )
 
 
 async def serve(
@@ -97,10 +101,12 @@ async def serve(
     stop: asyncio.Event,
     hurry: asyncio.Event,
     announce: Callable[[str], None] | None = None,
+    extension: Extension | None = None,
 ) -> None:
     """Answer on a socket until `stop`; then drain, or end at once when it is `hurry`."""
+    app = make_app(serving, extension)
     config = uvicorn.Config(
-        make_app(serving),
+        app,
         http=partial(PatientProtocol, patience_s=serving.options.body_timeout_s),  # type: ignore[arg-type]
         ws="none",
         log_config=None,
@@ -117,11 +123,17 @@ async def serve(
     if await _first(answering, stop):
         answering.result()
         return
-    draining = asyncio.ensure_future(serving.service.stop(serving.options.drain_s))
+    if extension is not None:
+        await extension.settle()
+    service = current(app).service  # not always the one it began with
+    draining = asyncio.ensure_future(service.stop(serving.options.drain_s))
+    closing = None if extension is None else asyncio.ensure_future(extension.close())
     if not await _first(draining, hurry):
         draining.cancel()
         await asyncio.gather(draining, return_exceptions=True)
-        await serving.service.stop(0)
+        await service.stop(0)
+    if closing is not None:
+        await closing
     server.should_exit = True
     await answering
 

@@ -1,4 +1,4 @@
-"""/tokenize, /chat_tokenize and /detokenize: how the model reads a text.
+"""/tokenize, /chat_tokenize, /detokenize and /tokenizer_info: how the model reads a text.
 
 Two dialects share `/tokenize`, told apart by the field that holds the text: TGI's `inputs` is
 answered by a list of tokens with their characters, vLLM's `prompt` or `messages` by their ids.
@@ -14,7 +14,7 @@ import orjson
 from fastapi import APIRouter
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 
 from longwing.server.body import JsonRoute
 from longwing.server.leave import until_done_or_left
@@ -70,6 +70,13 @@ class Detokenized(BaseModel):
     """The text of token ids."""
 
     prompt: str
+
+
+class SpecialTokens(BaseModel):
+    """Special tokens, as text; null where the model has none."""
+
+    bos_token: str | None
+    eos_token: str | None
 
 
 @router.post(
@@ -132,6 +139,19 @@ async def detokenize(body: DetokenizeRequest, http: Request, serving: Serves) ->
         return orjson.dumps({"prompt": serving.tokenizer.decode(body.tokens, skip_special=False)})
 
     return await _in_thread(http, work)
+
+
+@router.get(
+    "/tokenizer_info",
+    responses={**FAULTS, 200: {"model": SpecialTokens}},
+    response_class=JSONResponse,
+)
+async def tokenizer_info(serving: Serves) -> JSONResponse:
+    """The tokens that begin and end a text; asked by lm-evaluation-harness."""
+    tokenizer = serving.tokenizer
+    bos, eos = tokenizer.bos_id, min(tokenizer.eos_ids, default=None)
+    named = {"bos_token": bos, "eos_token": eos}
+    return JSONResponse({k: None if v is None else tokenizer.token(v) for k, v in named.items()})
 
 
 def spell(tokenizer: Tokenizer, ids: Sequence[int], text: str) -> Iterator[dict[str, Any]]:
