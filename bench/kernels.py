@@ -60,6 +60,7 @@ def random_weight(bits: int, K: int, N: int, group_size: int, symmetric: bool) -
         group_size=own,
         in_features=K,
         parts=(N,),
+        dtype=torch.bfloat16,
         words=words.to(torch.int32),
         scales_GN=scales_GN.bfloat16(),
         zeros=None if symmetric else zeros.to(torch.int32),
@@ -118,8 +119,9 @@ def ours(x_TK: Tensor, weights: list[StreamedWeight], cut: kernels.Cut | None = 
 def dense_first(x_TK: Tensor, weights: list[StreamedWeight]) -> float:
     """Microseconds of dequantising, then cuBLAS, for any number of tokens."""
     out_TN = x_TK.new_empty(len(x_TK), weights[0].starts[-1])
+    plain = kernels._After()
     return microseconds(
-        lambda i: kernels._multiply_dense(x_TK, weights[i], out_TN), len(weights), 6
+        lambda i: kernels._multiply_dense(x_TK, weights[i], plain, out_TN), len(weights), 6
     )
 
 

@@ -107,6 +107,21 @@ def test_heads_that_share_keys_get_what_the_reference_gives(
     _assert_equals_reference(*_step(**step, heads=heads, dtype=dtype))
 
 
+def test_sequences_that_decode_beside_a_prompt_get_a_call_of_their_own() -> None:
+    q_TNH, inputs, spec = _step([1, 1, 20, 3], [50, 7, 40, 3])
+    whole = paged_triton.paged_attention(q_TNH, inputs.pages[0], inputs, spec)
+    (itself,) = inputs.calls
+    assert itself is inputs
+    found = torch.full_like(whole, float("nan"))
+    calls = replace(inputs, num_decoding=2, most_new=20, most_context=50).calls
+    assert [call.most_new for call in calls] == [1, 20]
+    for call in calls:
+        paged_triton.paged_attention(
+            q_TNH, inputs.pages[0], call, spec, most_new=call.most_new, out_TNH=found
+        )
+    torch.testing.assert_close(found, whole)
+
+
 @pytest.mark.parametrize("step", [MIXED, DECODE], ids=["mixed", "decode"])
 @pytest.mark.parametrize("head_dim", [16, 80, 96, 128, 256])
 def test_every_head_dimension_gives_what_the_reference_gives(

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from longwing.kernels import BITS, PackedWeight, dequantize, pack
 from longwing.kernels.streamed import below, fits, places, stream
+from longwing.layers import activation
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
@@ -20,6 +21,7 @@ triton: Any = pytest.importorskip("longwing.kernels.wna16_triton")
 if DEVICE == "cpu" and type(triton.tl.max).__name__ == "JITFunction":
     pytest.skip("triton was imported before TRITON_INTERPRET=1 was set", allow_module_level=True)
 
+fused_triton: Any = pytest.importorskip("longwing.kernels.fused_triton")
 Cut = triton.Cut
 FLOATS = [torch.float16, *([torch.bfloat16] if DEVICE == "cuda" else [])]
 ROUNDING = {torch.float16: 5e-4, torch.bfloat16: 4e-3}
@@ -156,6 +158,88 @@ def test_weights_whose_products_are_added_become_one(group_size: int) -> None:
     _assert_product(triton.packed_matmul(both_TK, stream([whole], torch.float16)), both_TK, whole)
 
 
+def test_weights_to_be_added_may_have_their_inputs_in_an_order_of_their_own() -> None:
+    parts = [_weight(4, K, 40, 64, seed=K, act_order=K > 200) for K in (128, 320)]
+    x_TK = _inputs(3, 448)
+    streamed = stream([below(parts)], torch.float16)
+    exact_TN = sum(
+        x.double() @ dequantize(part, torch.float64)
+        for x, part in zip(x_TK.split([128, 320], 1), parts, strict=True)
+    )
+    error = (triton.packed_matmul(x_TK, streamed).double() - exact_TN).norm() / exact_TN.norm()
+    assert error < 5e-4
+
+
+@pytest.mark.parametrize(
+    ("act", "num_tokens"),
+    [*((act, 1) for act in fused_triton.ACTIVATIONS), ("gelu", 11), ("", 30), ("gelu", 260)],
+)
+def test_bias_activation_and_residual_come_with_the_product(act: str, num_tokens: int) -> None:
+    weight = _weight(4, 256, 70, dtype=FLOATS[-1])
+    x_TK = _inputs(num_tokens, 256, dtype=FLOATS[-1])
+    bias_N = _inputs(70, dtype=FLOATS[-1], seed=2)
+    around_TN = _inputs(num_tokens, 90, dtype=FLOATS[-1], seed=3)
+    before_TN = around_TN.clone()
+    out_TN = triton.packed_matmul(
+        x_TK,
+        stream([weight], FLOATS[-1]),
+        bias_N=bias_N,
+        act=act,
+        more_TN=around_TN[:, 10:80],
+        out_TN=around_TN[:, 10:80],
+    )
+    sums_TN = x_TK.double() @ dequantize(weight, torch.float64) + bias_N.double()
+    expected_TN = (activation(act)(sums_TN) if act else sums_TN) + before_TN[:, 10:80].double()
+    assert out_TN.data_ptr() == around_TN[:, 10:80].data_ptr()
+    assert torch.equal(around_TN[:, :10], before_TN[:, :10])
+    assert torch.equal(around_TN[:, 80:], before_TN[:, 80:])
+    # Above STREAM_TOKENS product, activation and sum are rounded one by one.
+    error = (out_TN.double() - expected_TN).norm() / expected_TN.norm()
+    assert error < 2 * ROUNDING[x_TK.dtype]
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "backwards"), [(1, False), (1, True), (11, True), (30, False), (260, True)]
+)
+def test_a_sum_of_products_is_whole_whichever_comes_last(num_tokens: int, backwards: bool) -> None:
+    parts = [_weight(4, 512, 70, seed=1), _weight(3, 128, 70, 64, act_order=True, symmetric=False)]
+    xs = [_inputs(num_tokens, part.in_features, seed=s) for s, part in enumerate(parts)]
+    residual_TN, bias_N = _inputs(num_tokens, 70, seed=5), _inputs(70, seed=6)
+    exact_TN = residual_TN.double() + bias_N.double()
+    for part, x_TK in zip(parts, xs, strict=True):
+        exact_TN = exact_TN + x_TK.double() @ dequantize(part, torch.float64)
+    weights = [stream([part], torch.float16) for part in parts]
+    for _ in range(2):  # the first leaves the arrivals as it found them
+        out_TN = residual_TN.clone()
+        total = triton.SumOfProducts(weights, out_TN, out_TN, bias_N)
+        for index in (1, 0) if backwards else (0, 1):
+            total.add(index, xs[index])
+        error = (out_TN.double() - exact_TN).norm() / exact_TN.norm()
+        assert error < 3 * ROUNDING[torch.float16]
+
+
+@pytest.mark.parametrize("num_tokens", [16, 17, 64])
+def test_inputs_may_be_written_in_the_order_that_many_tokens_take(num_tokens: int) -> None:
+    first, second = _weight(4, 256, 128, seed=1), _weight(4, 128, 40, seed=2)
+    one, other = stream([first], torch.float16), stream([second], torch.float16)
+    x_TK = _inputs(num_tokens, 256)
+    arrange = triton.arranges(other, num_tokens)
+    assert arrange == (num_tokens > 16)
+    assert not triton.arranges(stream([_weight(4, 256, 8, act_order=True)], torch.float16), 30)
+    plain_TN = triton.packed_matmul(triton.packed_matmul(x_TK, one, act="gelu"), other)
+    between_TN = triton.packed_matmul(x_TK, one, act="gelu", arrange=arrange)
+    assert torch.equal(triton.packed_matmul(between_TN, other, arranged=arrange), plain_TN)
+
+
+def test_scales_keep_the_checkpoints_own_bits() -> None:
+    """float16 has three bits more than bfloat16, and activations in bfloat16 do not cost them."""
+    weight = _weight(4, 256, 40, dtype=torch.float16)
+    assert stream([weight], torch.bfloat16).scales_GN.dtype == torch.float16
+    if DEVICE == "cuda":
+        dense_NK = triton.dequantize(stream([weight], torch.bfloat16))[:40]
+        assert torch.equal(dense_NK.T, dequantize(weight, torch.bfloat16))
+
+
 @pytest.mark.parametrize("bits", BITS)
 def test_every_bit_of_a_word_has_one_use(bits: int) -> None:
     used = [
@@ -194,7 +278,7 @@ def test_mismatches_are_refused() -> None:
         triton.packed_matmul(_inputs(1, 128), streamed)
     with pytest.raises(ValueError, match="2 parts"):
         triton.packed_matmul(_inputs(1, 256), stream([weight, weight], torch.float16))
-    with pytest.raises(ValueError, match="no g_idx"):
-        below([weight, _weight(4, 256, 8, act_order=True)])
+    with pytest.raises(ValueError, match="share one group size"):
+        below([_weight(4, 256, 8, 64), _weight(4, 256, 8, act_order=True)])
     with pytest.raises(ValueError, match="same bits"):
         below([weight, _weight(4, 256, 16)])

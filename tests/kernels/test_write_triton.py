@@ -67,3 +67,15 @@ def test_every_head_dimension_is_rotated_and_written(head_dim: int) -> None:
 @pytest.mark.parametrize("kv", ["float32", "int8"])
 def test_without_rotation_keys_are_written_as_they_are(kv: str) -> None:
     _assert_same_bits(_projection(5, 4, 2, 64, torch.float32), None, None, kv)
+
+
+@pytest.mark.parametrize("kv", ["float16", "int8"])
+def test_a_token_without_a_slot_is_stored_nowhere(kv: str) -> None:
+    q_TNH, k_TKH, v_TKH = (x.to(DEVICE) for x in _projection(3, 4, 2, 64, torch.float16))
+    slots_T = torch.tensor([5, -1, 17], dtype=torch.int32, device=DEVICE)
+    written, whole = (KVPages.allocate(2, 16, 2, 64, kv, DEVICE) for _ in "ab")
+    write_triton.rotate_and_write(q_TNH, k_TKH, v_TKH, None, None, written, slots_T)
+    stored = [0, 2]
+    write_kv(k_TKH[stored], v_TKH[stored], whole, slots_T[stored].long())
+    for ours, theirs in zip(vars(written).values(), vars(whole).values(), strict=True):
+        assert ours is theirs is None or torch.equal(ours, theirs)

@@ -116,6 +116,7 @@ class Engine:
             num_pages=options.num_pages,
             page_len=options.page_len,
             kv_dtype=word if options.kv_dtype == "auto" else options.kv_dtype,
+            most_sequences=options.max_sequences,
         )
         self._end_ids = tokenizer.eos_ids | set(model.config.eos_ids)
         self._grammars = GrammarCompiler(

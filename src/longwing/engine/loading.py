@@ -15,6 +15,7 @@ import torch
 
 from longwing.engine.engine import Engine
 from longwing.engine.folder import ModelFolder
+from longwing.engine.graphs import GRAPHS_BYTES
 from longwing.engine.options import DEFAULTS, EngineOptions
 from longwing.engine.status import EngineInfo
 from longwing.errors import CapacityError, RequestError
@@ -140,6 +141,8 @@ def _num_pages(folder: ModelFolder, options: EngineOptions, device: torch.device
     beside = planned.weights.total + planned.workspace.total if planned else stored
     if planned and device.type == "cpu":
         beside += int(planned.quantised_parameters * _CPU_BYTES[options.cpu_weights])
+    if device.type == "cuda":
+        beside += GRAPHS_BYTES
     room = _memory(options, device) - beside
     if device.type == "cpu" and options.memory is None:
         room = int(room * _HOST_SHARE)

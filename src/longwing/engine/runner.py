@@ -1,17 +1,21 @@
 """`Runner`: a step's work as tensors, through the model, to hidden states and logits.
 
 Holds the KV pages. Which pages and which tokens is the scheduler's word; what to do with logits is
-the engine's.
+the engine's. On a GPU, steps that only decode go through `graphs.py`.
 
 Shape key: T packed tokens of all sequences, S sequences, M pages of the longest page table, D model
 dim, R rows wanted, V vocabulary, F rotary frequencies, P pages, B slots in a page.
 """
 
 from collections.abc import Sequence
+from itertools import takewhile
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from longwing.engine.graphs import DecodeGraphs, can_record
+from longwing.engine.rotations import Rotations
 from longwing.engine.sequence import Work
 from longwing.kernels import AttentionInputs, KVPages
 from longwing.models import Decoder
@@ -25,9 +29,22 @@ class Runner:
         num_pages: pages to allocate, in every layer.
         page_len: slots in a page.
         kv_dtype: number type of keys and values, as KVPages names it.
+        most_sequences: sequences of a decoding step at most that graphs are made for.
+
+    Attributes:
+        pages: the cache, one for each layer.
+        graphs: decoding as CUDA graphs; None where it cannot be, or need not.
     """
 
-    def __init__(self, model: Decoder, *, num_pages: int, page_len: int, kv_dtype: str) -> None:
+    def __init__(
+        self,
+        model: Decoder,
+        *,
+        num_pages: int,
+        page_len: int,
+        kv_dtype: str,
+        most_sequences: int = 64,
+    ) -> None:
         self.model = model
         self.num_pages = num_pages
         self.page_len = page_len
@@ -43,6 +60,16 @@ class Runner:
             )
             for _ in range(config.num_layers)
         )
+        self._rotations = Rotations(model.rotary) if model.device.type == "cuda" else None
+        self.graphs: DecodeGraphs | None = None
+        if self._rotations is not None and can_record(model, self.pages[0]):
+            self.graphs = DecodeGraphs(
+                model,
+                self.pages,
+                context=min(model.context, num_pages * page_len),
+                most_sequences=most_sequences,
+                rotations=self._rotations,
+            )
 
     @property
     def kv_bytes(self) -> int:
@@ -50,8 +77,21 @@ class Runner:
         return sum(pages.nbytes for pages in self.pages)
 
     @torch.inference_mode()
+    def record_graphs(self) -> None:
+        """Record the graphs of plain decoding, rather than when a request first needs them."""
+        if self.graphs is not None:
+            for shape in self.graphs.usual_shapes():
+                self.graphs.record(shape)
+
+    @torch.inference_mode()
     def forward(self, batch: Sequence[Work]) -> Tensor:
-        """Run a step: write its keys and values to the pages; (T, D) hidden states."""
+        """Run a step: write its keys and values to the pages; (T, D) hidden states.
+
+        What it returns holds until the next step.
+        """
+        shape = None if self.graphs is None else self.graphs.shape(batch)
+        if self.graphs is not None and shape is not None:
+            return self.graphs.run(batch, shape)
         tokens: list[int] = []
         positions: list[int] = []
         slots: list[int] = []
@@ -63,20 +103,28 @@ class Runner:
             slots += _slots(work.sequence.pages, work.start, end, self.page_len)
             starts.append(len(tokens))
             context_lens.append(end)
-        positions_T = self._ints(positions)
+        tokens_T, positions_T, slots_T, starts_S1, context_lens_S, page_tables_SM = self._placed(
+            np.array(tokens, np.int64),
+            np.array(positions, np.int64),
+            np.array(slots, np.int64),
+            np.array(starts, np.int32),
+            np.array(context_lens, np.int32),
+            self._page_tables(batch, context_lens),
+        )
         cos_TF, sin_TF = self._rotation(batch, positions_T, starts)
         inputs = AttentionInputs(
-            starts_S1=self._ints(starts, torch.int32),
-            context_lens_S=self._ints(context_lens, torch.int32),
-            page_tables_SM=self._page_tables(batch, context_lens),
-            slots_T=self._ints(slots),
+            starts_S1=starts_S1,
+            context_lens_S=context_lens_S,
+            page_tables_SM=page_tables_SM,
+            slots_T=slots_T,
             pages=self.pages,
             cos_TF=cos_TF,
             sin_TF=sin_TF,
             most_new=max(len(work.token_ids) for work in batch),
             most_context=max(context_lens),
+            num_decoding=sum(1 for _ in takewhile(lambda work: len(work.token_ids) == 1, batch)),
         )
-        return self.model(self._ints(tokens), positions_T, inputs)
+        return self.model(tokens_T, positions_T, inputs)
 
     @torch.inference_mode()
     def logits(self, hidden_TD: Tensor, rows: Sequence[int]) -> Tensor:
@@ -85,17 +133,34 @@ class Runner:
             return self.model.logits(hidden_TD)
         return self.model.logits(hidden_TD[self._ints(rows)])
 
-    def _page_tables(self, batch: Sequence[Work], context_lens: Sequence[int]) -> Tensor:
+    def _page_tables(self, batch: Sequence[Work], context_lens: Sequence[int]) -> np.ndarray:
         """(S, M) int32, ragged rows filled up with 0, which nobody reads."""
         nums = [-(-length // self.page_len) for length in context_lens]
-        longest = max(nums)
-        return self._ints(
-            [
-                work.sequence.pages[:num] + [0] * (longest - num)
-                for work, num in zip(batch, nums, strict=True)
-            ],
-            torch.int32,
-        )
+        tables_SM = np.zeros((len(batch), max(nums)), np.int32)
+        for table_M, work, num in zip(tables_SM, batch, nums, strict=True):
+            table_M[:num] = work.sequence.pages[:num]
+        return tables_SM
+
+    def _placed(self, *arrays: np.ndarray) -> list[Tensor]:
+        """Arrays on the model's device, in one copy that nobody waits for.
+
+        Each begins at a multiple of 16 bytes, as Triton compiles kernels anew for what does not.
+        """
+        starts = [0]
+        for array in arrays:
+            starts.append(starts[-1] + -(-array.nbytes // 16) * 16)
+        device = self.model.device
+        host = torch.empty(starts[-1], dtype=torch.uint8, pin_memory=device.type == "cuda")
+        as_numpy = host.numpy()
+        for array, start in zip(arrays, starts, strict=False):
+            as_numpy[start : start + array.nbytes].view(array.dtype)[:] = array.ravel()
+        there = host.to(device, non_blocking=True)
+        return [
+            there[start : start + array.nbytes]
+            .view(torch.int64 if array.dtype == np.int64 else torch.int32)
+            .view(array.shape)
+            for array, start in zip(arrays, starts, strict=False)
+        ]
 
     def _rotation(
         self, batch: Sequence[Work], positions_T: Tensor, starts: Sequence[int]
@@ -104,6 +169,14 @@ class Runner:
         rotary = self.model.rotary
         if rotary is None:
             return None, None
+        if self._rotations is not None:
+            first_rows = [self._rotations.first_row(work.sequence.key.rung) for work in batch]
+            if len(set(first_rows)) == 1:
+                return self._rotations.at(positions_T + first_rows[0])
+            first_row_T = self._ints(first_rows).repeat_interleave(
+                self._ints([len(work.token_ids) for work in batch]), output_size=starts[-1]
+            )
+            return self._rotations.at(positions_T + first_row_T)
         need: dict[int, int] = {}
         for work in batch:
             rung, end = work.sequence.key.rung, work.start + len(work.token_ids)

@@ -164,18 +164,31 @@ def sample(logits_SV: Tensor, states: Sequence[SamplingState]) -> SampledTokens:
             f"one row for each is needed"
         )
     logits_SV = logits_SV.detach().float()
-    max_S, id_S = logits_SV.max(dim=-1)  # of equals the first, on every device
-    _check_usable(max_S, range(len(states)))
-    for rows in _batches([i for i, state in enumerate(states) if _needs_more_than_max(state)]):
-        id_S[rows] = _choose(logits_SV[rows], [states[row] for row in rows], rows)
+    num_ranked = _NUM_RANKED
+    while True:
+        ranking = _Ranking(num_ranked)
+        max_S, id_S = logits_SV.max(dim=-1)  # of equals the first, on every device
+        usable_S = max_S.isfinite()  # nan, too, is a maximum
+        for rows in _batches([i for i, state in enumerate(states) if _needs_more_than_max(state)]):
+            own = [states[row] for row in rows]
+            id_R, usable_R = _choose(_take(logits_SV, rows), own, ranking)
+            id_S = _put(id_S, rows, id_R)
+            usable_S = _put(usable_S, rows, usable_R)
+        # All that the host asks of the device, in one question: it has waited for nothing so far.
+        answer = torch.stack((id_S, usable_S.long(), ranking.enough(id_S)))
+        ids, usable, enough = answer.tolist()
+        if all(enough):
+            break
+        num_ranked *= 16
+    _check_usable(usable)
     logprobs: list[float | None] = [None] * len(states)
     top_logprobs: list[list[TokenLogprob]] = [[] for _ in states]
     for rows in _batches([i for i, s in enumerate(states) if s.params.logprobs is not None]):
         nums_top = [states[row].params.logprobs or 0 for row in rows]
         reports = _logprobs(logits_SV[rows], max_S[rows], id_S[rows], nums_top)
-        for row, (own, top) in zip(rows, reports, strict=True):
-            logprobs[row], top_logprobs[row] = own, top
-    return SampledTokens(ids=id_S.tolist(), logprobs=logprobs, top_logprobs=top_logprobs)
+        for row, (own_logprob, top) in zip(rows, reports, strict=True):
+            logprobs[row], top_logprobs[row] = own_logprob, top
+    return SampledTokens(ids=ids, logprobs=logprobs, top_logprobs=top_logprobs)
 
 
 def prompt_logprobs(
@@ -193,7 +206,7 @@ def prompt_logprobs(
     """
     logits_RV = logits_RV.detach().float()
     max_R = logits_RV.amax(dim=-1)
-    _check_usable(max_R, range(len(id_R)))
+    _check_usable(max_R.isfinite().tolist())
     ids = torch.tensor(id_R, dtype=torch.long, device=logits_RV.device)
     return [
         (own, top[:num_top]) for own, top in _logprobs(logits_RV, max_R, ids, [num_top] * len(id_R))
@@ -207,10 +220,10 @@ def probabilities(logits_V: Tensor, state: SamplingState) -> Tensor:
     """
     logits_1V = adjusted(logits_V.detach().float()[None], [state])
     max_1, id_1 = logits_1V.max(dim=-1)
-    _check_usable(max_1, [0])
+    _check_usable(max_1.isfinite().tolist())
     if state.params.is_greedy:
         return torch.zeros_like(logits_1V[0]).scatter(0, id_1, 1.0)
-    return _distribution(logits_1V, [state.params])[0]
+    return _distribution(logits_1V, [state.params], _Ranking(len(logits_V)))[0]
 
 
 def draw(probs_V: Tensor, u: float) -> int:
@@ -282,20 +295,23 @@ def _penalised(logits_RV: Tensor, states: Sequence[SamplingState]) -> Tensor:
 
 
 def _choose(
-    logits_RV: Tensor, states: Sequence[SamplingState], batch_rows: Sequence[int]
-) -> Tensor:
-    """Ids (R,) of rows that need more than the batch's maximum."""
+    logits_RV: Tensor, states: Sequence[SamplingState], ranking: "_Ranking"
+) -> tuple[Tensor, Tensor]:
+    """Ids (R,) of rows that need more than the batch's maximum, and whether they are usable."""
     logits_RV = adjusted(logits_RV, states)
     max_R, id_R = logits_RV.max(dim=-1)
-    _check_usable(max_R, batch_rows)
     if rows := [row for row, state in enumerate(states) if not state.params.is_greedy]:
-        probs_RV = _distribution(logits_RV[rows], [states[row].params for row in rows])
+        params = [states[row].params for row in rows]
+        probs_RV = _distribution(_take(logits_RV, rows), params, ranking)
         numbers = [uniform(states[row].seed, states[row].num_generated) for row in rows]
-        id_R[rows] = _draw(probs_RV, torch.tensor(numbers, dtype=torch.float64).to(id_R.device))
-    return id_R
+        drawn_R = _draw(probs_RV, _placed(numbers, torch.float64, id_R.device))
+        id_R = _put(id_R, rows, drawn_R)
+    return id_R, max_R.isfinite()
 
 
-def _distribution(logits_RV: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+def _distribution(
+    logits_RV: Tensor, params: Sequence[SamplingParams], ranking: "_Ranking"
+) -> Tensor:
     """Temperature and filters: (R, V) float32, every row of sum 1. None of the rows is greedy."""
     temperature_R1 = _column([max(p.temperature, _COLDEST) for p in params], logits_RV.device)
     z_RV = (logits_RV - logits_RV.amax(dim=-1, keepdim=True)) / temperature_R1
@@ -305,10 +321,42 @@ def _distribution(logits_RV: Tensor, params: Sequence[SamplingParams]) -> Tensor
         rows = [row for row, p in enumerate(params) if limit_of(p) != off]
         if rows:
             limits = [limit_of(params[row]) for row in rows]
-            limit_R1 = _column(limits, logits_RV.device, torch.float64)
-            weights_RV[rows] = keep(weights_RV[rows], z_RV[rows], limit_R1)
+            limit = _Limit(limits, _column(limits, logits_RV.device, torch.float64), ranking)
+            kept_RV = keep(_take(weights_RV, rows), _take(z_RV, rows), limit)
+            weights_RV = _put(weights_RV, rows, kept_RV)
     total_R1 = weights_RV.sum(dim=-1, keepdim=True)
     return (weights_RV.double() / total_R1.double()).float()
+
+
+class _Ranking:
+    """How many tokens are ranked to find a border, and whether that was enough.
+
+    A short list does as a rule, and costs a fraction of a full sort. Whether it did is not asked
+    here, since the host would wait for the answer: who reads the results reads it with them.
+    """
+
+    def __init__(self, num: int) -> None:
+        self.num = num
+        self._notes: list[Tensor] = []
+
+    def note(self, enough: Tensor) -> None:
+        """Take down, as a bool on the device, whether a list was long enough."""
+        self._notes.append(enough)
+
+    def enough(self, like: Tensor) -> Tensor:
+        """Whether all lists were, for each element of `like` the same."""
+        if not self._notes:
+            return torch.ones_like(like)
+        return torch.stack(self._notes).all().long().expand_as(like)
+
+
+@dataclass(frozen=True)
+class _Limit:
+    """A filter's setting for each row, here and as an (R, 1) column on the device."""
+
+    values: Sequence[float]
+    column_R1: Tensor
+    ranking: _Ranking
 
 
 def _weights(z_RV: Tensor) -> Tensor:
@@ -316,30 +364,32 @@ def _weights(z_RV: Tensor) -> Tensor:
     return (z_RV.exp() * 2.0**_WEIGHT_BITS).long()
 
 
-# The filters take weights (R, V), z (R, V) and their limits (R, 1); they return weights, 0 for the
-# tokens that go. Every one of them leaves at least one token.
+# The filters take weights (R, V), z (R, V) and their limits; they return weights, 0 for the tokens
+# that go. Every one of them leaves at least one token.
 
 
-def _keep_top_k(weights_RV: Tensor, z_RV: Tensor, k_R1: Tensor) -> Tensor:
+def _keep_top_k(weights_RV: Tensor, z_RV: Tensor, k: _Limit) -> Tensor:
     """The k likeliest tokens, and those tied with the last of them."""
-    k_R1 = k_R1.long().clamp(max=weights_RV.shape[1])
-    largest_RC = weights_RV.topk(int(k_R1.max()), dim=-1).values
+    vocab_len = weights_RV.shape[1]
+    k_R1 = k.column_R1.long().clamp(max=vocab_len)
+    largest_RC = weights_RV.topk(min(int(max(k.values)), vocab_len), dim=-1).values
     return weights_RV.masked_fill(weights_RV < largest_RC.gather(1, k_R1 - 1), 0)
 
 
-def _keep_top_p(weights_RV: Tensor, z_RV: Tensor, share_R1: Tensor) -> Tensor:
+def _keep_top_p(weights_RV: Tensor, z_RV: Tensor, share: _Limit) -> Tensor:
     """The likeliest tokens, until they hold the share (Holtzman et al., arXiv:1904.09751)."""
-    return weights_RV.masked_fill(weights_RV < _border(weights_RV, weights_RV, share_R1), 0)
+    border_R1 = _border(weights_RV, weights_RV, share.column_R1, share.ranking)
+    return weights_RV.masked_fill(weights_RV < border_R1, 0)
 
 
-def _keep_min_p(weights_RV: Tensor, z_RV: Tensor, fraction_R1: Tensor) -> Tensor:
+def _keep_min_p(weights_RV: Tensor, z_RV: Tensor, fraction: _Limit) -> Tensor:
     """Tokens at least this fraction as likely as the top one (Nguyen et al., arXiv:2407.01082)."""
     return weights_RV.masked_fill(
-        weights_RV < fraction_R1 * weights_RV.amax(dim=-1, keepdim=True), 0
+        weights_RV < fraction.column_R1 * weights_RV.amax(dim=-1, keepdim=True), 0
     )
 
 
-def _keep_typical(weights_RV: Tensor, z_RV: Tensor, share_R1: Tensor) -> Tensor:
+def _keep_typical(weights_RV: Tensor, z_RV: Tensor, share: _Limit) -> Tensor:
     """Tokens of average surprise, until they hold the share (Meister et al., arXiv:2202.00666).
 
     The paper ranks by |-log p - entropy|. As log p = z - log Z and entropy = log Z - mean z, log Z
@@ -350,25 +400,27 @@ def _keep_typical(weights_RV: Tensor, z_RV: Tensor, share_R1: Tensor) -> Tensor:
     moment_R1 = (z_RV * z_RV.exp() * 2.0**_WEIGHT_BITS).long().sum(dim=-1, keepdim=True)
     mean_R1 = moment_R1.double() / weights_RV.sum(dim=-1, keepdim=True).double()
     nearness_RV = -torch.where(kept_RV, (z_RV - mean_R1.float()).abs(), math.inf)
-    return weights_RV.masked_fill(nearness_RV < _border(nearness_RV, weights_RV, share_R1), 0)
+    border_R1 = _border(nearness_RV, weights_RV, share.column_R1, share.ranking)
+    return weights_RV.masked_fill(nearness_RV < border_R1, 0)
 
 
-def _border(score_RV: Tensor, weights_RV: Tensor, share_R1: Tensor) -> Tensor:
+def _border(
+    score_RV: Tensor, weights_RV: Tensor, share_R1: Tensor, ranking: _Ranking | None = None
+) -> Tensor:
     """The score (R, 1) at which tokens, taken from the highest score down, first hold the share.
 
     Where topk puts equal scores does not matter: the share is reached at that score in any order.
-    A short list does as a rule, and costs a fraction of a full sort.
+    Without a ranking all tokens are ranked.
     """
     needed_R1 = share_R1 * weights_RV.sum(dim=-1, keepdim=True)
     vocab_len = score_RV.shape[1]
-    num = min(_NUM_RANKED, vocab_len)
-    while True:
-        best = score_RV.topk(num, dim=-1)
-        sums_RC = weights_RV.gather(1, best.indices).cumsum(dim=-1)
-        if num == vocab_len or bool((sums_RC[:, -1:] >= needed_R1).all()):
-            last_R1 = (sums_RC < needed_R1).sum(dim=-1, keepdim=True).clamp(max=num - 1)
-            return best.values.gather(1, last_R1)
-        num = min(16 * num, vocab_len)
+    num = vocab_len if ranking is None else min(ranking.num, vocab_len)
+    best = score_RV.topk(num, dim=-1)
+    sums_RC = weights_RV.gather(1, best.indices).cumsum(dim=-1)
+    if ranking is not None and num < vocab_len:
+        ranking.note((sums_RC[:, -1:] >= needed_R1).all())
+    last_R1 = (sums_RC < needed_R1).sum(dim=-1, keepdim=True).clamp(max=num - 1)
+    return best.values.gather(1, last_R1)
 
 
 def _draw(probs_RV: Tensor, u_R: Tensor) -> Tensor:
@@ -433,11 +485,10 @@ def _needs_more_than_max(state: SamplingState) -> bool:
     )
 
 
-def _check_usable(max_R: Tensor, rows: Sequence[int]) -> None:
-    """Logits give a distribution exactly if their maximum is finite: nan, too, is a maximum."""
-    usable = max_R.isfinite().tolist()
+def _check_usable(usable: Sequence[object]) -> None:
+    """Raise unless all rows are usable, that is, the maximum of their logits is finite."""
     if not all(usable):
-        bad = [row for row, is_usable in zip(rows, usable, strict=True) if not is_usable]
+        bad = [row for row, is_usable in enumerate(usable) if not is_usable]
         raise LogitsError(
             f"no token can be chosen for row {', '.join(map(str, bad))} of the batch: its logits "
             "hold nan or +inf, or every token is ruled out; the model overflowed (try --dtype "
@@ -456,7 +507,27 @@ def _column(
     values: Sequence[float], device: torch.device, dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """(R, 1)."""
-    return torch.tensor(values, dtype=dtype).to(device)[:, None]
+    return _placed(values, dtype, device)[:, None]
+
+
+def _placed(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Numbers on a device, without waiting for what it is doing: that takes pinned memory."""
+    on_host = torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
+    return on_host.to(device, non_blocking=True)
+
+
+def _take(x_RV: Tensor, rows: Sequence[int]) -> Tensor:
+    """Some rows; the tensor itself if they are all."""
+    if len(rows) == len(x_RV):
+        return x_RV
+    return x_RV.index_select(0, _placed(rows, torch.int64, x_RV.device))
+
+
+def _put(x_R: Tensor, rows: Sequence[int], new_R: Tensor) -> Tensor:
+    """The tensor with some rows replaced; the new one itself if they are all."""
+    if len(rows) == len(x_R):
+        return new_R
+    return x_R.index_copy(0, _placed(rows, torch.int64, x_R.device), new_R)
 
 
 def _batches(rows: Sequence[int]) -> list[Sequence[int]]:
@@ -465,7 +536,7 @@ def _batches(rows: Sequence[int]) -> list[Sequence[int]]:
 
 # In the order in which they act: the setting, the value that means off, the filter.
 _FILTERS: tuple[
-    tuple[Callable[[SamplingParams], float], float, Callable[[Tensor, Tensor, Tensor], Tensor]], ...
+    tuple[Callable[[SamplingParams], float], float, Callable[[Tensor, Tensor, _Limit], Tensor]], ...
 ] = (
     (lambda params: params.top_k, 0, _keep_top_k),
     (lambda params: params.top_p, 1, _keep_top_p),

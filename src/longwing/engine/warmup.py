@@ -1,13 +1,14 @@
 """Warm an engine up: run it once in each of its shapes before the first request.
 
 What a first run pays for (thread pools, kernels compiled or chosen by timing, RoPE tables, memory
-pools) is paid here. It also shows that a full chunk of a prompt fits the memory.
+pools, CUDA graphs) is paid here. It also shows that a full chunk of a prompt fits the memory.
 """
 
 from longwing.engine.engine import Engine
 from longwing.engine.events import Failed
 from longwing.engine.request import Request, SamplingParams
 from longwing.errors import CapacityError
+from longwing.models.memory import out_of_memory
 from longwing.plan import PREFILL_CHUNK
 
 _NUM_DECODED = 4
@@ -37,4 +38,6 @@ def warm_up(engine: Engine) -> None:
                         f"a step of {chunk} tokens failed while warming up ({event.message}); "
                         "use a smaller max_batch_tokens or fewer pages"
                     )
+    with out_of_memory("recording CUDA graphs"):
+        engine.runner.record_graphs()
     engine.forget()

@@ -49,7 +49,7 @@ def _place(
     return s, first_token, num_before, num_new * GROUP, (tile - first_tile) * ROWS
 
 
-@triton.jit(do_not_specialize=["num_sequences", "tiles_each", "table_stride"])
+@triton.jit(do_not_specialize=["num_sequences", "tiles_each", "out_token_stride", "table_stride"])
 def attend_tile(
     q_ptr,
     out_ptr,
@@ -67,6 +67,7 @@ def attend_tile(
     scale,
     q_token_stride,
     q_head_stride,
+    out_token_stride,
     table_stride,
     PAGE_STRIDE: tl.constexpr,
     SLOT_STRIDE: tl.constexpr,
@@ -187,7 +188,7 @@ def attend_tile(
     if not SPLIT:
         total_R = tl.where(row_R < num_rows, total_R, 1.0)  # A row that is none may have seen none.
         out_RH = sum_RH / total_R[:, None]
-        out_offset_R = ((first_token + token_R).to(tl.int64) * (K * GROUP) + head_R) * HEAD_DIM
+        out_offset_R = (first_token + token_R).to(tl.int64) * out_token_stride + head_R * HEAD_DIM
         out_ptrs = out_ptr + out_offset_R[:, None] + head_dim_H[None, :]
         tl.store(out_ptrs, out_RH.to(out_ptr.dtype.element_ty), mask=there_RH)
     else:
@@ -318,7 +319,7 @@ def _bfloat16_value(x):
     return (bits & -65536).to(tl.float32, bitcast=True)
 
 
-@triton.jit(do_not_specialize=["num_sequences", "tiles_each", "num_splits"])
+@triton.jit(do_not_specialize=["num_sequences", "tiles_each", "out_token_stride", "num_splits"])
 def merge_splits(
     out_ptr,
     scratch_ptr,
@@ -326,6 +327,7 @@ def merge_splits(
     context_lens_ptr,
     num_sequences,
     tiles_each,
+    out_token_stride,
     num_splits,
     K: tl.constexpr,
     GROUP: tl.constexpr,
@@ -364,8 +366,8 @@ def merge_splits(
     share_XR = tl.exp2(peak_XR - peak_R[None, :])
     total_R = tl.where(is_row_R, tl.sum(total_XR * share_XR, 0), 1.0)
     out_RH = tl.sum(sum_XRH * share_XR[:, :, None], 0) / total_R[:, None]
-    out_row_R = (first_token + row_R // GROUP).to(tl.int64) * (K * GROUP)
-    out_row_R += kv_head * GROUP + row_R % GROUP
-    out_ptrs = out_ptr + out_row_R[:, None] * HEAD_DIM + head_dim_H[None, :]
+    out_offset_R = (first_token + row_R // GROUP).to(tl.int64) * out_token_stride
+    out_offset_R += (kv_head * GROUP + row_R % GROUP) * HEAD_DIM
+    out_ptrs = out_ptr + out_offset_R[:, None] + head_dim_H[None, :]
     there_RH = is_row_R[:, None] & (head_dim_H < HEAD_DIM)[None, :]
     tl.store(out_ptrs, out_RH.to(out_ptr.dtype.element_ty), mask=there_RH)

@@ -12,6 +12,7 @@ pages, up to and including itself.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +35,18 @@ class AttentionSpec:
     scale: float
     window: int | None = None
     alibi_slopes_N: Tensor | None = None
+
+    def slopes_on(self, device: torch.device) -> Tensor | None:
+        """The slopes on a device, float32 with the values of bfloat16; brought there once."""
+        if self.alibi_slopes_N is None:
+            return None
+        if device not in self._slopes:
+            self._slopes[device] = self.alibi_slopes_N.to(device, torch.bfloat16).float()
+        return self._slopes[device]
+
+    @cached_property
+    def _slopes(self) -> dict[torch.device, Tensor]:
+        return {}
 
 
 def rotate(x_TNH: Tensor, cos_TF: Tensor, sin_TF: Tensor) -> Tensor:
@@ -190,8 +203,8 @@ def _mask(T: int, C: int, spec: AttentionSpec, like: Tensor) -> Tensor | None:
     seen_TC = key_C <= query_T1
     if spec.window is not None:
         seen_TC &= key_C > query_T1 - spec.window
-    if spec.alibi_slopes_N is None:
+    slopes_N = spec.slopes_on(like.device)
+    if slopes_N is None:
         return seen_TC
-    slopes_N1 = spec.alibi_slopes_N.to(like.device, torch.bfloat16)[:, None]
-    bias_NC = (slopes_N1 * key_C).to(like.dtype) * spec.scale
+    bias_NC = (slopes_N.bfloat16()[:, None] * key_C).to(like.dtype) * spec.scale
     return bias_NC[:, None].masked_fill(~seen_TC, float("-inf"))

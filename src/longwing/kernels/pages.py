@@ -14,7 +14,7 @@ step, and sequences of about the same length that bring equally many tokens shar
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 
@@ -178,6 +178,7 @@ class AttentionInputs:
         sin_TF: as cos_TF.
         most_new: no sequence brings more tokens than this, if that is known without looking.
         most_context: no context is longer than this, likewise.
+        num_decoding: so many sequences, from the first, are known to bring one token each.
     """
 
     starts_S1: Tensor
@@ -189,6 +190,29 @@ class AttentionInputs:
     sin_TF: Tensor | None = None
     most_new: int | None = None
     most_context: int | None = None
+    num_decoding: int = 0
+
+    @cached_property
+    def calls(self) -> tuple["AttentionInputs", ...]:
+        """What a GPU's attention is called for, over all tokens each time; made once a step.
+
+        Twice where some sequences decode beside others that read prompts. What is cut for many
+        tokens would leave a decoding one's whole context to one program for each KV head.
+        """
+        num = self.num_decoding
+        if not 0 < num < len(self.context_lens_S):
+            return (self,)
+        one, rest = (
+            replace(
+                self,
+                starts_S1=self.starts_S1[part.start : part.stop + 1],
+                context_lens_S=self.context_lens_S[part],
+                page_tables_SM=self.page_tables_SM[part],
+                num_decoding=0,
+            )
+            for part in (slice(0, num), slice(num, len(self.context_lens_S)))
+        )
+        return replace(one, most_new=1), rest
 
     @cached_property
     def spans(self) -> tuple["Span", ...]:

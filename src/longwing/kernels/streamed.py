@@ -51,8 +51,10 @@ class StreamedWeight:
         group_size: inputs that share a scale here: K, or a multiple of CELL_IN, or 64 or 32.
         in_features: K.
         parts: outputs of each matrix. Each begins at a tile, so N counts padding between them.
+        dtype: of the activations.
         words: (N / 32, C, bits, 128) int32, cells as the file's head describes.
-        scales_GN: in the type of the activations, rows by lanes (`_by_lane`); 0 where padded.
+        scales_GN: 16-bit floats, as the checkpoint has them, rows by lanes (`_by_lane`); 0 where
+            padded.
         zeros: (G, N / 4) int32, the zero points of a lane's four rows in one word; None when every
             zero point is the middle, 2**(bits - 1).
         order_K: the order that activations are brought into first; None for the natural one.
@@ -64,6 +66,7 @@ class StreamedWeight:
     group_size: int
     in_features: int
     parts: tuple[int, ...]
+    dtype: torch.dtype
     words: Tensor
     scales_GN: Tensor
     zeros: Tensor | None
@@ -116,13 +119,16 @@ def stream(parts: Sequence[PackedWeight], dtype: torch.dtype) -> StreamedWeight:
         torch.cat(x, dim) for x, dim in zip(zip(*laid, strict=True), (0, 1, 1), strict=True)
     )
     symmetric = all(bool((part.zeros_GN == 1 << (bits - 1)).all()) for part in parts)
+    if scales_GN.dtype not in (torch.float16, torch.bfloat16):
+        scales_GN = scales_GN.to(dtype)
     return StreamedWeight(
         bits=bits,
         group_size=group_size,
         in_features=K,
         parts=tuple(part.out_features for part in parts),
+        dtype=dtype,
         words=words,
-        scales_GN=scales_GN.to(dtype),
+        scales_GN=scales_GN,
         zeros=None if symmetric else zeros_GN.view(torch.int32),
         order_K=orders[0],
         arrivals=words.new_zeros(TOKEN_TILES * words.shape[0] * CELL_OUT // TILE_OUT),
@@ -135,23 +141,68 @@ def below(parts: Sequence[PackedWeight]) -> PackedWeight:
     Falcon's attention and MLP write to the same sum: their output projections become one launch.
 
     Raises:
-        ValueError: parts that differ in bits or outputs, or that need a g_idx.
+        ValueError: parts that differ in bits or outputs, or a g_idx beside groups of another size.
     """
     first = parts[0]
-    if any((part.bits, part.out_features) != (first.bits, first.out_features) for part in parts):
-        raise ValueError("weights to be added must have the same bits and outputs")
-    if any(part.g_idx_K is not None for part in parts):
-        raise ValueError("weights to be added must have their groups in natural order, no g_idx")
-    sizes = [part.in_features if part.group_size == -1 else part.group_size for part in parts]
-    size = math.gcd(*sizes)
+    size, shuffled = _joint_group(parts)
+    sizes = [_own_group(part) for part in parts]
     scales_GN, zeros_GN = (
         torch.cat(
             [x.repeat_interleave(own // size, 0) for x, own in zip(tensors, sizes, strict=True)]
         )
         for tensors in ([part.scales_GN for part in parts], [part.zeros_GN for part in parts])
     )
-    words = torch.cat([part.qweight_WN for part in parts])
-    return replace(first, group_size=size, qweight_WN=words, scales_GN=scales_GN, zeros_GN=zeros_GN)
+    groups_before, g_idx = 0, []
+    for part in parts if shuffled else ():
+        g_idx.append(part.group_of_row_K().to(torch.int32) + groups_before)
+        groups_before += part.in_features // size
+    return replace(
+        first,
+        group_size=size,
+        qweight_WN=torch.cat([part.qweight_WN for part in parts]),
+        scales_GN=scales_GN,
+        zeros_GN=zeros_GN,
+        g_idx_K=torch.cat(g_idx) if g_idx else None,
+    )
+
+
+def stackable(parts: Sequence[PackedWeight]) -> bool:
+    """Whether `stream` takes these together."""
+    first = parts[0]
+    if any((part.bits, part.in_features) != (first.bits, first.in_features) for part in parts):
+        return False
+    try:
+        size = math.gcd(*(_group_size(part) for part in parts))
+        orders = [_input_order(part, size) for part in parts]
+    except ValueError:
+        return False
+    return all(_same(orders[0], order_K) for order_K in orders)
+
+
+def take_outputs(weight: PackedWeight, order_N: Tensor) -> PackedWeight:
+    """The same matrix with its outputs in another order."""
+    return replace(
+        weight,
+        qweight_WN=weight.qweight_WN[:, order_N],
+        zeros_GN=weight.zeros_GN[:, order_N],
+        scales_GN=weight.scales_GN[:, order_N],
+    )
+
+
+def _joint_group(parts: Sequence[PackedWeight]) -> tuple[int, bool]:
+    """The group size of weights to be added, and whether any has its groups in disorder."""
+    first = parts[0]
+    if any((part.bits, part.out_features) != (first.bits, first.out_features) for part in parts):
+        raise ValueError("weights to be added must have the same bits and outputs")
+    sizes = [_own_group(part) for part in parts]
+    size = math.gcd(*sizes)
+    shuffled = any(
+        part.g_idx_K is not None and own != part.in_features
+        for part, own in zip(parts, sizes, strict=True)
+    )
+    if shuffled and any(own != size for own in sizes):
+        raise ValueError(f"weights to be added with a g_idx must share one group size, not {sizes}")
+    return size, shuffled
 
 
 def _lay_out(

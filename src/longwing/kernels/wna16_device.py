@@ -20,6 +20,8 @@ where it does not, results stay right and weights take a detour through shared m
 import triton
 import triton.language as tl
 
+from longwing.kernels.fused_device import activate, arranged
+
 
 @triton.jit
 def _halves(pairs, number: tl.constexpr):
@@ -305,28 +307,77 @@ def _leave(sums, n, t, T, N, at_ptr):
 
 
 @triton.jit
-def _merge(n, t, T, N, splits, partial_ptr, out_ptr, number: tl.constexpr):
-    """Add what the splits left, first to last, whichever came last."""
-    at = t.to(tl.int64)[None, :] * N + n[:, None]
-    valid = (t < T)[None, :]
-    sums = tl.load(partial_ptr + at, mask=valid, other=0.0)
-    for split in range(1, splits):
-        sums += tl.load(partial_ptr + split * (T.to(tl.int64) * N) + at, mask=valid, other=0.0)
+def _give(
+    sums,
+    n,
+    t,
+    T,
+    width,
+    bias_ptr,
+    more_ptr,
+    more_stride,
+    out_ptr,
+    out_stride,
+    number: tl.constexpr,
+    act: tl.constexpr,
+    arrange: tl.constexpr,
+):
+    """Sums to results: plus a bias, through the activation, plus what was there before."""
+    valid = (t < T)[None, :] & (n < width)[:, None]
+    if bias_ptr is not None:
+        sums += tl.load(bias_ptr + n, mask=n < width, other=0.0).to(tl.float32)[:, None]
+    sums = activate(sums, act)
+    if more_ptr is not None:
+        at = t.to(tl.int64)[None, :] * more_stride + n[:, None]
+        sums += tl.load(more_ptr + at, mask=valid, other=0.0).to(tl.float32)
+    place = arranged(n) if arrange else n
+    at = t.to(tl.int64)[None, :] * out_stride + place[:, None]
     tl.store(out_ptr + at, sums.to(number), mask=valid)
 
 
-@triton.jit(do_not_specialize=["T", "chunks", "second_from", "magic"])
+@triton.jit
+def _merged(n, t, T, N, splits, partial_ptr, at_once: tl.constexpr):
+    """What the splits left, added from first to last, whichever came last."""
+    at = t.to(tl.int64)[None, :] * N + n[:, None]
+    valid = (t < T)[None, :]
+    sums = tl.load(partial_ptr + at, mask=valid, other=0.0)
+    # Several loads at a time, where registers allow: each would wait for the one before.
+    for split in tl.range(1, splits, loop_unroll_factor=at_once):
+        sums += tl.load(partial_ptr + split * (T.to(tl.int64) * N) + at, mask=valid, other=0.0)
+    return sums
+
+
+@triton.jit(
+    do_not_specialize=[
+        "T",
+        "first_split",
+        "all_splits",
+        "out_width",
+        "more_stride",
+        "out_stride",
+        "chunks",
+        "second_from",
+        "magic",
+    ]
+)
 def multiply(
     x_ptr,
     words_ptr,
     scales_ptr,
     zeros_ptr,
+    bias_ptr,
+    more_ptr,
     out_ptr,
     partial_ptr,
     arrivals_ptr,
     T,
     K,
     N,
+    first_split,
+    all_splits,
+    out_width,
+    more_stride,
+    out_stride,
     chunks,
     chunks_per_group,
     second_from,
@@ -336,6 +387,8 @@ def multiply(
     groups: tl.constexpr,
     sym: tl.constexpr,
     even: tl.constexpr,
+    act: tl.constexpr,
+    arrange: tl.constexpr,
     split_up: tl.constexpr,
     R: tl.constexpr,
     tokens: tl.constexpr,
@@ -350,9 +403,14 @@ def multiply(
     What is not plain from the names:
 
     - x_ptr: (T, K), or (2, T, K): outputs from `second_from` on read the second.
-    - out_ptr: (T, N).
-    - partial_ptr: (splits, T, N) float32, if split.
+    - bias_ptr: (N,), added before the activation; or None.
+    - more_ptr: (T, out_width), rows more_stride apart, added after it; or None. May be out_ptr.
+    - out_ptr: (T, out_width), rows out_stride apart.
+    - partial_ptr: (all_splits, T, N) float32, if split.
     - arrivals_ptr: a zero for each tile, if split; zero again afterwards.
+    - first_split, all_splits: where this launch's sums lie among those of the launches whose
+      products are added. The last program to arrive may belong to any of them.
+    - arrange: results are to be the inputs of a wide product.
     - groups: scales of a row in a cell: 1, 2 or 4; 0 where one scale serves all inputs.
     - even: K is a multiple of 128.
     - pair: `tokens` is 16, taken as two blocks of 8.
@@ -405,23 +463,44 @@ def multiply(
         b = _scaled(b, scales)
     n = _rows(tile, R)
     if split_up:
-        left_ptr = partial_ptr + split * (T.to(tl.int64) * N)
+        left_ptr = partial_ptr + (first_split + split) * (T.to(tl.int64) * N)
         _leave(a, n, t, T, N, left_ptr)
         if pair:
             _leave(b, n, t + 8, T, N, left_ptr)
         # All lanes of this program have stored before one of them counts it.
         tl.debug_barrier()
         arrival = arrivals_ptr + block_T * tl.num_programs(0) + tile
-        if tl.atomic_add(arrival, 1, sem="acq_rel") == splits - 1:
+        if tl.atomic_add(arrival, 1, sem="acq_rel") == all_splits - 1:
             tl.debug_barrier()
-            _merge(n, t, T, N, splits, partial_ptr, out_ptr, number)
-            if pair:
-                _merge(n, t + 8, T, N, splits, partial_ptr, out_ptr, number)
+            for i in tl.static_range(2 if pair else 1):
+                own_t = t + 8 * i
+                sums = _merged(n, own_t, T, N, all_splits, partial_ptr, 1 if wide else 4)
+                _give(
+                    sums,
+                    n,
+                    own_t,
+                    T,
+                    out_width,
+                    bias_ptr,
+                    more_ptr,
+                    more_stride,
+                    out_ptr,
+                    out_stride,
+                    number,
+                    act,
+                    arrange,
+                )
             tl.store(arrival, 0)
     else:
-        _leave(a.to(number), n, t, T, N, out_ptr)
+        _give(
+            a, n, t, T, out_width, bias_ptr, more_ptr, more_stride, out_ptr, out_stride,
+            number, act, arrange,
+        )  # fmt: skip
         if pair:
-            _leave(b.to(number), n, t + 8, T, N, out_ptr)
+            _give(
+                b, n, t + 8, T, out_width, bias_ptr, more_ptr, more_stride, out_ptr, out_stride,
+                number, act, arrange,
+            )  # fmt: skip
 
 
 @triton.jit

@@ -15,14 +15,16 @@ next. Between up to 16, up to 256 and more tokens, sums differ as float32 sums i
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from longwing.kernels.fused_triton import activate_
 from longwing.kernels.streamed import (
     CELL_IN,
     CELL_OUT,
@@ -41,11 +43,17 @@ STREAM_TOKENS = 256
 NARROW_PROGRAMS = 528
 """Programs that a narrow launch aims at: four on each of an H200's 132 multiprocessors."""
 
+CHUNKS_BESIDE = 16
+"""Chunks of inputs for each program of a narrow launch that runs beside others."""
+
 WIDE_PROGRAMS = 264
 """Wide programs that run at once: two on each multiprocessor, by their registers."""
 
-DENSE_SLICE = 2**26
-"""Weights made dense at once: 128 MiB."""
+DENSE_SLICE = 2**27
+"""Weights made dense at once: 256 MiB."""
+
+SLICE_ROWS = 256
+"""A slice's rows are a multiple: whole tiles for cuBLAS."""
 
 NUMBERS = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
@@ -68,57 +76,145 @@ class Cut:
     stages: int
 
 
-def packed_matmul(x_TK: Tensor, weight: StreamedWeight, cut: Cut | None = None) -> Tensor:
-    """X @ weight, (T, K) -> (T, N), for a weight of one part; sums in float32.
+def packed_matmul(
+    x_TK: Tensor,
+    weight: StreamedWeight,
+    cut: Cut | None = None,
+    *,
+    bias_N: Tensor | None = None,
+    act: str = "",
+    more_TN: Tensor | None = None,
+    out_TN: Tensor | None = None,
+    beside: bool = False,
+    arranged: bool = False,
+    arrange: bool = False,
+) -> Tensor:
+    """act(x @ weight + bias) + more, (T, K) -> (T, N), for a weight of one part; sums in float32.
+
+    Where weights are streamed, all of it is one launch, rounded once.
 
     Args:
         x_TK: in the type that the weight was laid out for.
         weight: on the same device.
         cut: None for the one that shapes call for.
+        bias_N: added first.
+        act: an activation by config.json's name, see `fused_triton.ACTIVATIONS`; "" for none.
+        more_TN: added last: a residual. May be out_TN.
+        out_TN: where the result goes; rows may lie apart. None for a new tensor.
+        beside: other work runs at the same time, so it is cut finer; see `choose_cut`.
+        arranged: x_TK lies in the order that `arranges` is about.
+        arrange: the result is to.
 
     Raises:
         ValueError: shapes or types that do not match, or a weight of several parts.
     """
     if len(weight.parts) != 1:
         raise ValueError(f"a weight of {len(weight.parts)} parts: use packed_matmul_many")
-    return packed_matmul_many(x_TK, weight, cut)[0]
+    if out_TN is None:
+        out_TN = x_TK.new_empty(len(x_TK), weight.parts[0])
+    for given_TN in (out_TN, more_TN):
+        if given_TN is not None and (
+            given_TN.shape != (len(x_TK), weight.parts[0])
+            or given_TN.dtype != x_TK.dtype
+            or given_TN.stride(1) != 1
+        ):
+            raise ValueError(
+                f"a result, or what to add, of {tuple(given_TN.shape)} in {given_TN.dtype}; "
+                f"{(len(x_TK), weight.parts[0])} in {x_TK.dtype} is needed, each row in one piece"
+            )
+    after = _After(bias_N=bias_N, act=act, more_TN=more_TN, arrange=arrange)
+    _multiply(x_TK, weight, cut, after, out_TN, beside=beside, arranged=arranged)
+    return out_TN
+
+
+def arranges(weight: StreamedWeight, num_tokens: int) -> bool:
+    """Whether a product's input has to be brought into another order (`fused_device.arranged`).
+
+    Whoever makes the input can write it so at no cost, which saves the product a copy.
+    """
+    return NARROW_TOKENS < num_tokens <= STREAM_TOKENS and weight.order_K is None
 
 
 def packed_matmul_many(
-    x: Tensor, weight: StreamedWeight, cut: Cut | None = None
+    x: Tensor, weight: StreamedWeight, cut: Cut | None = None, *, bias_N: Tensor | None = None
 ) -> tuple[Tensor, ...]:
     """One launch for weights that share an input, or for two with an input each.
 
     Args:
-        x: (T, K), or (2, T, K) for two parts: Falcon-40B's attention and MLP have a norm each.
+        x: (T, K), or (2, T, K) for two parts.
         weight: as for `packed_matmul`.
         cut: as for `packed_matmul`.
+        bias_N: (N,), with padding between parts as the weight has it (`weight.starts`).
 
     Returns:
         For each part its (T, N): views of one tensor, their rows contiguous, not the whole.
     """
-    T, K = x.shape[-2:]
-    if x.dtype != weight.scales_GN.dtype or weight.in_features != K:
-        raise ValueError(
-            f"input of {K} features in {x.dtype}; the weight was laid out for "
-            f"{weight.in_features} in {weight.scales_GN.dtype}"
-        )
     if x.ndim not in (2, 3) or (x.ndim == 3 and not len(x) == len(weight.parts) == 2):
         raise ValueError(
             f"{tuple(x.shape)} inputs for {len(weight.parts)} parts: one, or two for two"
         )
-    out_TN = x.new_empty(T, weight.starts[-1])
-    if cut is None and T > STREAM_TOKENS:
-        _multiply_dense(_ordered(x, weight.order_K), weight, out_TN)
-    elif T > 0:
-        _multiply_streamed(x, weight, cut or choose_cut(weight, T), out_TN)
     starts = weight.starts
+    out_TN = x.new_empty(x.shape[-2], starts[-1])
+    _multiply(x, weight, cut, _After(bias_N=bias_N), out_TN)
     return tuple(out_TN[:, at : at + part] for at, part in zip(starts, weight.parts, strict=False))
 
 
-def choose_cut(weight: StreamedWeight, num_tokens: int) -> Cut:
-    """The best of those that bench/kernels.py tries. Narrow splits do not depend on the tokens."""
+@dataclass(frozen=True, kw_only=True)
+class _After:
+    """What a product goes through on its way out; see `packed_matmul`."""
+
+    bias_N: Tensor | None = None
+    act: str = ""
+    more_TN: Tensor | None = None
+    arrange: bool = False
+
+
+def _multiply(
+    x: Tensor,
+    weight: StreamedWeight,
+    cut: Cut | None,
+    after: _After,
+    out_TN: Tensor,
+    *,
+    beside: bool = False,
+    arranged: bool = False,
+) -> None:
+    _check_input(x, weight)
+    T = x.shape[-2]
+    if cut is None and T > STREAM_TOKENS:
+        _multiply_dense(_ordered(x, weight.order_K), weight, after, out_TN)
+    elif T > 0:
+        cut = cut or choose_cut(weight, T, beside=beside)
+        partial = out_TN
+        if cut.splits > 1:
+            shape = (cut.splits, T, weight.starts[-1])
+            partial = x.new_empty(shape, dtype=torch.float32)
+        shared = _Shared(
+            partial=partial, arrivals=weight.arrivals, first_split=0, all_splits=cut.splits
+        )
+        _launch(x, weight, cut, after, out_TN, shared, arranged=arranged)
+
+
+def _check_input(x: Tensor, weight: StreamedWeight) -> None:
+    if x.dtype != weight.dtype or weight.in_features != x.shape[-1]:
+        raise ValueError(
+            f"input of {x.shape[-1]} features in {x.dtype}; the weight was laid out for "
+            f"{weight.in_features} in {weight.dtype}"
+        )
+
+
+def choose_cut(weight: StreamedWeight, num_tokens: int, *, beside: bool = False) -> Cut:
+    """The best of those that bench/kernels.py tries. Narrow splits do not depend on the tokens.
+
+    Alone, a narrow launch is cut so that all its programs run at once and end together. Beside
+    other launches they would not, as these come to lie unevenly over the multiprocessors; there
+    programs are short, and the next ones even that out (bench/step.py).
+    """
     tiles, chunks = weight.starts[-1] // TILE_OUT, weight.words.shape[1]
+    if num_tokens <= NARROW_TOKENS and beside:
+        stages = 4 if num_tokens <= 8 else 3
+        splits = max(round(chunks / CHUNKS_BESIDE), 1)
+        return Cut(tokens=8 if num_tokens <= 8 else 16, splits=splits, stages=stages)
     if num_tokens <= NARROW_TOKENS:
         splits = min(max(round(NARROW_PROGRAMS / tiles), 1), chunks)
         return Cut(tokens=8 if num_tokens <= 8 else 16, splits=splits, stages=3)
@@ -145,12 +241,11 @@ def dequantize(weight: StreamedWeight, start: int = 0, stop: int | None = None) 
         stop: another; None for the end of all padding.
 
     Returns:
-        In the type of the scales; equal to what `wna16.dequantize` gives in that type, if the
-        checkpoint's scales have it too. (float16 scales laid out for bfloat16 are rounded once.)
+        In the type of the activations; equal to what `wna16.dequantize` gives in that type.
     """
     stop = weight.starts[-1] if stop is None else stop
     N, chunks = weight.starts[-1], weight.words.shape[1]
-    dense_NK = weight.scales_GN.new_empty(stop - start, weight.in_features)
+    dense_NK = weight.scales_GN.new_empty(stop - start, weight.in_features, dtype=weight.dtype)
     groups, chunks_per_group = _groups(weight)
     with torch.cuda.device_of(dense_NK):
         make_dense[(chunks, (stop - start) // TILE_OUT)](
@@ -167,29 +262,108 @@ def dequantize(weight: StreamedWeight, start: int = 0, stop: int | None = None) 
     return dense_NK
 
 
-def _multiply_streamed(x: Tensor, weight: StreamedWeight, cut: Cut, out_TN: Tensor) -> None:
+class SumOfProducts:
+    """x1 @ weight1 + x2 @ weight2 + … + more, each product launched when its input is there.
+
+    Where weights are streamed no launch waits for another's: whichever program is the last to reach
+    a tile adds up what all have left, in a fixed order. Launches may be on different branches of a
+    CUDA graph.
+
+    Args:
+        weights: of one part and one number of outputs; every one must be given its input once.
+        more_TN: added last: a residual.
+        out_TN: where the result goes; may be more_TN.
+        bias_N: of all together.
+    """
+
+    def __init__(
+        self,
+        weights: Sequence[StreamedWeight],
+        more_TN: Tensor,
+        out_TN: Tensor,
+        bias_N: Tensor | None = None,
+    ) -> None:
+        self.weights, self.out_TN = weights, out_TN
+        self._after = _After(bias_N=bias_N, more_TN=more_TN)
+        self._streams = 0 < len(out_TN) <= STREAM_TOKENS
+        if self._streams:
+            self._cuts = [choose_cut(weight, len(out_TN), beside=True) for weight in weights]
+            self._starts = [0, *accumulate(cut.splits for cut in self._cuts)]
+            shape = (self._starts[-1], len(out_TN), weights[0].starts[-1])
+            self._partial = out_TN.new_empty(shape, dtype=torch.float32)
+        self._after_first = _After(more_TN=out_TN)
+        self._begun = False
+
+    def add(self, index: int, x_TK: Tensor, *, arranged: bool = False) -> None:
+        """The product of a weight, by its place among them, and its input."""
+        weight = self.weights[index]
+        _check_input(x_TK, weight)
+        if not self._streams:
+            after = self._after_first if self._begun else self._after
+            self._begun = True
+            if len(x_TK):
+                _multiply_dense(_ordered(x_TK, weight.order_K), weight, after, self.out_TN)
+            return
+        _launch(
+            x_TK,
+            weight,
+            self._cuts[index],
+            self._after,
+            self.out_TN,
+            _Shared(
+                partial=self._partial,
+                arrivals=self.weights[0].arrivals,
+                first_split=self._starts[index],
+                all_splits=self._starts[-1],
+            ),
+            arranged=arranged,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Shared:
+    """Where programs that share a tile leave their sums, and where those of this launch begin."""
+
+    partial: Tensor
+    arrivals: Tensor
+    first_split: int
+    all_splits: int
+
+
+def _launch(
+    x: Tensor,
+    weight: StreamedWeight,
+    cut: Cut,
+    after: _After,
+    out_TN: Tensor,
+    shared: _Shared,
+    *,
+    arranged: bool,
+) -> None:
     wide = cut.tokens > NARROW_TOKENS
     x = _ordered(x, weight.order_K)
-    if wide:  # the order in which wgmma takes inputs, see wna16_device._operand
+    if wide and not arranged:  # the order in which wgmma takes inputs, see wna16_device._operand
         x = x.unflatten(-1, (-1, 4, 2, 2)).transpose(-3, -2).flatten(-4)
     x = x.contiguous()
     T, K = x.shape[-2:]
-    N, chunks = out_TN.shape[1], weight.words.shape[1]
-    token_tiles = triton.cdiv(T, cut.tokens)
-    split_up = cut.splits > 1
-    partial = x.new_empty(cut.splits, T, N, dtype=torch.float32) if split_up else out_TN
+    N, chunks = weight.starts[-1], weight.words.shape[1]
     groups, chunks_per_group = _groups(weight)
+    more_stride = 0 if after.more_TN is None else after.more_TN.stride(0)
     with torch.cuda.device_of(x):
-        multiply[(N // TILE_OUT, cut.splits, token_tiles)](
-            *(x, weight.words, weight.scales_GN, _zeros(weight), out_TN, partial, weight.arrivals),
-            *(T, K, N, chunks, chunks_per_group),
+        multiply[(N // TILE_OUT, cut.splits, triton.cdiv(T, cut.tokens))](
+            *(x, weight.words, weight.scales_GN, _zeros(weight)),
+            *(after.bias_N, after.more_TN, out_TN, shared.partial, shared.arrivals),
+            *(T, K, N, shared.first_split, shared.all_splits),
+            *(out_TN.shape[1], more_stride, out_TN.stride(0), chunks, chunks_per_group),
             *(weight.starts[1] if x.ndim == 3 else N, MAGIC[x.dtype]),
             bits=weight.bits,
             number=NUMBERS[x.dtype],
             groups=groups,
             sym=weight.zeros is None,
             even=K % CELL_IN == 0,
-            split_up=split_up,
+            act=after.act,
+            arrange=after.arrange,
+            split_up=shared.all_splits > 1,
             R=TILE_OUT // CELL_OUT,
             tokens=cut.tokens,
             pair=cut.tokens == NARROW_TOKENS,
@@ -199,17 +373,33 @@ def _multiply_streamed(x: Tensor, weight: StreamedWeight, cut: Cut, out_TN: Tens
         )
 
 
-def _multiply_dense(x: Tensor, weight: StreamedWeight, out_TN: Tensor) -> None:
-    rows = max(DENSE_SLICE // weight.in_features // TILE_OUT, 1) * TILE_OUT
+def _multiply_dense(x: Tensor, weight: StreamedWeight, after: _After, out_TN: Tensor) -> None:
+    """Slice by slice: dense, then cuBLAS straight into the result."""
     for part, (first, end) in enumerate(zip(weight.starts[:-1], weight.starts[1:], strict=True)):
         x_TK = x[part] if x.ndim == 3 else x
+        num_slices = math.ceil((end - first) * weight.in_features / DENSE_SLICE)
+        rows = math.ceil((end - first) / num_slices / SLICE_ROWS) * SLICE_ROWS
         for start in range(first, end, rows):
             stop = min(start + rows, end)
-            dense_NK = dequantize(weight, start, stop)
-            if stop - start == out_TN.shape[1]:
-                torch.mm(x_TK, dense_NK.T, out=out_TN)
-            else:
-                out_TN[:, start:stop] = F.linear(x_TK, dense_NK)
+            slice_TN = out_TN[:, start:stop]
+            dense_KN = dequantize(weight, start, stop)[: slice_TN.shape[1]].T
+            if after.more_TN is not None and after.bias_N is None and not after.act:
+                torch.addmm(after.more_TN[:, start:stop], x_TK, dense_KN, out=slice_TN)
+            elif after.more_TN is None:
+                torch.mm(x_TK, dense_KN, out=slice_TN)
+                _finish(slice_TN, after, start)
+            else:  # the result may lie where the residual does
+                product_TN = x_TK @ dense_KN
+                _finish(product_TN, after, start)
+                torch.add(product_TN, after.more_TN[:, start:stop], out=slice_TN)
+
+
+def _finish(slice_TN: Tensor, after: _After, start: int) -> None:
+    """Bias and activation of a slice that begins at `start`, in place."""
+    if after.bias_N is not None:
+        slice_TN += after.bias_N[start : start + slice_TN.shape[1]]
+    if after.act:
+        activate_(slice_TN, after.act)
 
 
 def _ordered(x: Tensor, order_K: Tensor | None) -> Tensor:

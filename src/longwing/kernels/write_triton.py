@@ -43,7 +43,8 @@ def rotate_and_write(
     """Rotate q and k, and store k and v in their slots; (T, N, H), the rotated q.
 
     Without cos and sin nothing is turned and q itself is returned. Reads and writes each number
-    once; q, k and v may be parts of one projection (last dimension contiguous).
+    once; q, k and v may be parts of one projection (last dimension contiguous). A token whose slot
+    is negative is stored nowhere: it only fills a batch up.
 
     Raises:
         RequestError: a head has an odd number of numbers.
@@ -150,7 +151,8 @@ def _rotate_and_write_heads(
     num_key_blocks = tl.cdiv(K, ROWS)
     head_R = block % num_key_blocks * ROWS + tl.arange(0, ROWS)
     there_RF = (head_R < K)[:, None] & is_pair_F[None, :]
-    slot = tl.load(slots_ptr + token)
+    slot = tl.load(slots_ptr + token).to(tl.int64)
+    there_RF &= slot >= 0
     cell = slot // PAGE_LEN * page_stride + slot % PAGE_LEN * slot_stride
     cell_RF = cell + (head_R * head_stride)[:, None] + pair_F[None, :]
     vector_R = slot * K + head_R

@@ -8,6 +8,7 @@ Shape key: T packed tokens, N query heads, K KV heads, H head dim, F = H / 2.
 from dataclasses import dataclass
 from functools import cached_property
 
+import torch
 from torch import Tensor, nn
 
 from longwing.kernels import (
@@ -78,11 +79,15 @@ class Attention(nn.Module):
         q_TNH = write_triton.rotate_and_write(
             q_TNH, k_TKH, v_TKH, cos_TF, sin_TF, pages, inputs.slots_T
         )
-        return paged_triton.paged_attention(
-            q_TNH,
-            pages,
-            inputs,
-            self.spec,
-            most_new=inputs.most_new,
-            most_context=inputs.most_context,
-        ).flatten(1)
+        out_TNH = torch.empty(q_TNH.shape, dtype=q_TNH.dtype, device=q_TNH.device)
+        for call in inputs.calls:
+            paged_triton.paged_attention(
+                q_TNH,
+                pages,
+                call,
+                self.spec,
+                most_new=call.most_new,
+                most_context=call.most_context,
+                out_TNH=out_TNH,
+            )
+        return out_TNH.flatten(1)

@@ -77,6 +77,7 @@ class FalconAttention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         heads = config.num_heads + 2 * config.num_kv_heads
+        self.head_dim = config.head_dim
         self.groups = (config.num_kv_heads, config.num_heads // config.num_kv_heads + 2)
         self.query_key_value = Linear(
             config.hidden_size, heads * config.head_dim, bias=config.qkv_bias
@@ -107,6 +108,7 @@ class FalconMLP(nn.Module):
         super().__init__()
         self.dense_h_to_4h = Linear(config.hidden_size, config.mlp_size, bias=config.mlp_bias)
         self.dense_4h_to_h = Linear(config.mlp_size, config.hidden_size, bias=config.mlp_bias)
+        self.act_name = config.activation
         self.act = activation(config.activation)
 
     def forward(self, x_TD: Tensor) -> Tensor:

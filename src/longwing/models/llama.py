@@ -94,6 +94,7 @@ class LlamaMLP(nn.Module):
         self.gate_proj = Linear(config.hidden_size, config.mlp_size, bias=config.mlp_bias)
         self.up_proj = Linear(config.hidden_size, config.mlp_size, bias=config.mlp_bias)
         self.down_proj = Linear(config.mlp_size, config.hidden_size, bias=config.mlp_bias)
+        self.act_name = config.activation
         self.act = activation(config.activation)
 
     def forward(self, x_TD: Tensor) -> Tensor:

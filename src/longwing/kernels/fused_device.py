@@ -1,0 +1,114 @@
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+"""The small kernels between products, in Triton: norms, activations. Launched by `fused_triton.py`.
+
+Shape key: T tokens, D model dim, F features of an MLP.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _sigmoid(x):
+    return tl.sigmoid(tl.maximum(x, -80.0))  # e**-x stays finite; below, all is 0 anyway
+
+
+@triton.jit
+def activate(x, act: tl.constexpr):
+    """float32 through the activation of that name; "" is none. In config.json's words."""
+    if act == "gelu":
+        return 0.5 * x * (1.0 + tl.math.erf(x * 0.7071067811865476))
+    elif act == "gelu_new" or act == "gelu_pytorch_tanh":
+        # 0.5 (1 + tanh y) is sigmoid(2 y).
+        return x * _sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+    elif act == "silu":
+        return x * _sigmoid(x)
+    elif act == "relu":
+        return tl.maximum(x, 0.0)
+    else:
+        tl.static_assert(act == "", "no such activation")
+        return x
+
+
+@triton.jit
+def arranged(at):
+    """Where inputs lie for a product of many tokens: t and u of 4 t + 2 u + h are exchanged.
+
+    See `wna16_device._operand`.
+    """
+    return at // 16 * 16 + at // 2 % 2 * 8 + at // 4 % 4 * 2 + at % 2
+
+
+@triton.jit
+def normalise(
+    x_ptr,
+    out_ptr,
+    second_ptr,
+    weight_ptr,
+    bias_ptr,
+    second_weight_ptr,
+    second_bias_ptr,
+    eps,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CENTRED: tl.constexpr,
+    ARRANGE: tl.constexpr,
+):
+    """One token's LayerNorm (CENTRED) or RMSNorm; under a second weight, too, if there is one.
+
+    Everything in float32, as the references have it: a LayerNorm is rounded once, an RMSNorm before
+    its weight and after it.
+    """
+    token = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    there = at < D
+    # Before the sums: these are on their way meanwhile.
+    weight = tl.load(weight_ptr + at, mask=there)
+    if CENTRED:
+        bias = tl.load(bias_ptr + at, mask=there)
+        if second_ptr is not None:
+            second_weight = tl.load(second_weight_ptr + at, mask=there)
+            second_bias = tl.load(second_bias_ptr + at, mask=there)
+    x = tl.load(x_ptr + token * D + at, mask=there, other=0.0).to(tl.float32)
+    if CENTRED:
+        mean = tl.sum(x) / D
+        x = tl.where(there, x - mean, 0.0)
+    x *= tl.rsqrt(tl.sum(x * x) / D + eps)
+    to = token * D + (arranged(at) if ARRANGE else at)
+    number = out_ptr.dtype.element_ty
+    if CENTRED:
+        y = x * weight.to(tl.float32) + bias.to(tl.float32)
+        tl.store(out_ptr + to, y.to(number), mask=there)
+        if second_ptr is not None:
+            y = x * second_weight.to(tl.float32) + second_bias.to(tl.float32)
+            tl.store(second_ptr + to, y.to(number), mask=there)
+    else:
+        y = x.to(number).to(tl.float32) * weight.to(tl.float32)
+        tl.store(out_ptr + to, y.to(number), mask=there)
+
+
+@triton.jit(do_not_specialize=["x_stride", "gate_stride", "out_stride"])
+def activate_rows(
+    x_ptr,
+    gate_ptr,
+    out_ptr,
+    F,
+    x_stride,
+    gate_stride,
+    out_stride,
+    act: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Some features of one token: act(x), or act(gate) * x, each rounded as the references do."""
+    token = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    there = at < F
+    x = tl.load(x_ptr + token * x_stride + at, mask=there)
+    number = out_ptr.dtype.element_ty
+    if gate_ptr is not None:
+        gate = tl.load(gate_ptr + token * gate_stride + at, mask=there).to(tl.float32)
+        activated = activate(gate, act).to(number).to(tl.float32)
+        y = activated * x.to(tl.float32)
+    else:
+        y = activate(x.to(tl.float32), act)
+    tl.store(out_ptr + token * out_stride + at, y.to(number), mask=there)
