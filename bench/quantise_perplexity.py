@@ -7,7 +7,8 @@ r"""Perplexity of a model quantised by several methods, on text that calibration
 quantize` does unasked; the rest change one thing of it. All share the bundled calibration text, 128
 samples of 2,048 tokens. Of each text the characters from 100,000 to 200,000 are read.
 
-Perplexity: exp of the mean loss over consecutive windows of 2,048 tokens, each read on its own.
+Perplexity: exp of the mean loss over consecutive windows of 2,048 tokens, each read on its own, in
+float32; the loop is that of `longwing eval --tasks perplexity`.
 """
 
 import argparse
@@ -23,9 +24,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
+from longwing.cli.eval_model import LocalModel
+from longwing.engine.generator import Generator
 from longwing.errors import LongwingError
+from longwing.evals.run import Plan, run
+from longwing.evals.table import rows
 from longwing.models import load_model
 from longwing.quant.calibration import Calibration, make_calibration
 from longwing.quant.quantize import quantize
@@ -52,18 +56,13 @@ METHODS: dict[str, dict[str, object]] = {
 }
 
 
-@torch.inference_mode()
-def perplexity(folder: Path, device: str, token_ids: list[int]) -> float:
-    """exp(mean loss) over windows, in float32; the first token of each is not predicted."""
-    model = load_model(folder, device=device, dtype=torch.float32, unpack=True)
-    loss, count = 0.0, 0
-    for start in range(0, len(token_ids) - 1, WINDOW):
-        window_T = torch.tensor(token_ids[start : start + WINDOW], device=device)
-        positions_T = torch.arange(len(window_T), device=device)
-        logits_TV = model.logits(model(window_T, positions_T))[:-1]
-        loss += float(F.cross_entropy(logits_TV, window_T[1:], reduction="sum"))
-        count += len(window_T) - 1
-    return round(math.exp(loss / count), 4)
+def perplexity(folder: Path, args: argparse.Namespace, text: Path) -> dict[str, object]:
+    """Perplexity, and the tokens that it is about; the first token of a window is not foretold."""
+    model = load_model(folder, device=args.device, dtype=torch.float32, unpack=True)
+    asked = LocalModel(Generator(model, Tokenizer.from_folder(folder)), folder.name)
+    plan = Plan(tasks=("perplexity",), lengths=(WINDOW,), texts=(text,), tokens=args.tokens)
+    (row,) = rows(run(asked, plan).records)
+    return {"tokens": row.tokens, "perplexity": round(row.perplexity or math.inf, 4)}
 
 
 def machine(device: str) -> str:
@@ -86,13 +85,19 @@ def main() -> None:
     ).stdout.strip()
     context = multiprocessing.get_context("spawn")
     with (
+        tempfile.NamedTemporaryFile("w", suffix=".txt", encoding="utf-8") as text,
         args.out.open("a") as out,
-        context.Pool(args.jobs, prepare, (args, deadline)) as pool,
     ):
-        for row in pool.imap_unordered(measure, jobs):
-            out.write(json.dumps({**row, "machine": machine(args.device), "commit": commit}) + "\n")
-            out.flush()
-            print(row, flush=True)
+        parts = [file.read_text(encoding="utf-8")[LENGTH : 2 * LENGTH] for file in args.text]
+        text.write("\n\n".join(parts))
+        text.flush()
+        pool = context.Pool(args.jobs, prepare, (args, deadline, Path(text.name)))
+        with pool:
+            for row in pool.imap_unordered(measure, jobs):
+                told = {**row, "machine": machine(args.device), "commit": commit}
+                out.write(json.dumps(told) + "\n")
+                out.flush()
+                print(row, flush=True)
 
 
 def arguments() -> argparse.Namespace:
@@ -118,24 +123,18 @@ class Shared:
 
     args: argparse.Namespace
     deadline: float
-    ids: list[int]
+    text: Path
     calibration: Calibration
 
 
 shared: list[Shared] = []
 
 
-def prepare(args: argparse.Namespace, deadline: float) -> None:
-    """Encode both texts, once a process."""
+def prepare(args: argparse.Namespace, deadline: float, text: Path) -> None:
+    """Cut the calibration samples, once a process."""
     torch.set_num_threads(1)
-    tokenizer = Tokenizer.from_folder(args.model)
-    texts = [file.read_text(encoding="utf-8")[LENGTH : 2 * LENGTH] for file in args.text]
-    text = "\n\n".join(texts)
-    ids: list[int] = []
-    for start in range(0, len(text), LENGTH):
-        ids += tokenizer.encode(text[start : start + LENGTH])
-    calibration = make_calibration(tokenizer, num_samples=args.samples)
-    shared.append(Shared(args, deadline, ids[: args.tokens], calibration))
+    calibration = make_calibration(Tokenizer.from_folder(args.model), num_samples=args.samples)
+    shared.append(Shared(args, deadline, text, calibration))
 
 
 def measure(job: tuple[str, dict[str, Any]]) -> dict[str, object]:
@@ -143,8 +142,7 @@ def measure(job: tuple[str, dict[str, Any]]) -> dict[str, object]:
     name, settings = job
     mine = shared[0]
     if name == "dense":
-        value = perplexity(mine.args.model, mine.args.device, mine.ids)
-        return {"name": name, "tokens": len(mine.ids), "perplexity": value}
+        return {"name": name, **perplexity(mine.args.model, mine.args, mine.text)}
     row: dict[str, object] = {"name": name, **settings}
     if time.time() > mine.deadline:
         return {**row, "error": "out of time; not begun"}
@@ -164,7 +162,7 @@ def measure(job: tuple[str, dict[str, Any]]) -> dict[str, object]:
         seconds = round(time.monotonic() - started, 1)
         return {
             **row,
-            "perplexity": perplexity(folder, mine.args.device, mine.ids),
+            **perplexity(folder, mine.args, mine.text),
             "quantise_s": seconds,
         }
 

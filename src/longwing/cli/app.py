@@ -13,17 +13,23 @@ from typing import Annotated
 import typer
 
 from longwing.cli.ask import ask
+from longwing.cli.bench import bench
 from longwing.cli.chat import chat
 from longwing.cli.console import print_error
 from longwing.cli.convert import convert
+from longwing.cli.deploy import deploy
 from longwing.cli.eval import evaluate
+from longwing.cli.export import export
+from longwing.cli.extend import extend
 from longwing.cli.generate import generate
 from longwing.cli.inspect import inspect
+from longwing.cli.merge import merge
 from longwing.cli.plan import plan
 from longwing.cli.pull import pull
 from longwing.cli.quantize import quantize
 from longwing.cli.report import report
 from longwing.cli.serve import serve
+from longwing.cli.tune import tune
 from longwing.cli.verify import verify
 from longwing.errors import LongwingError
 
@@ -62,7 +68,25 @@ def _options(
     )
 
 
-for verb in (generate, chat, serve, ask, inspect, plan, quantize, verify, convert, pull, report):
+for verb in (
+    generate,
+    chat,
+    serve,
+    deploy,
+    ask,
+    inspect,
+    plan,
+    quantize,
+    extend,
+    tune,
+    merge,
+    verify,
+    convert,
+    export,
+    pull,
+    report,
+    bench,
+):
     app.command()(verb)
 app.command("eval")(evaluate)
 

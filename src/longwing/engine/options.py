@@ -18,9 +18,11 @@ CPU_WEIGHTS = ("auto", "fast", "small", "float32")
 DEFAULTS: Mapping[str, Mapping[str, int]] = {
     # More than 4 tokens in a step leave the 4-bit kernel for a form that costs twice as much.
     "cpu": {"page_len": 32, "max_batch_tokens": 512, "max_draft": 3, "draft_sequences": 1},
-    "cuda": {"page_len": 128, "max_batch_tokens": 2048, "max_draft": 8, "draft_sequences": 4},
+    # A step of up to 8 tokens costs an eighth more than one of 1, of 9 to 16 a third more; and four
+    # sequences with 7 drafts each are 32 tokens, after which the next size up is 64.
+    "cuda": {"page_len": 128, "max_batch_tokens": 2048, "max_draft": 7, "draft_sequences": 4},
 }
-"""What is unset, by the kind of device; measured by bench/serve.py."""
+"""What is unset, by the kind of device; measured by bench/serve.py and `longwing bench`."""
 
 LONGEST = 2**30
 
@@ -45,7 +47,7 @@ class SchedulerOptions:
     max_waiting: int = _whole(1024, 0, 2**20, "Sequences that may wait for their turn.")
     max_draft: int | None = _whole(
         None, 0, 64, "Tokens guessed ahead from the text so far and checked in one step; 0: off. "
-        "Unset: 8 on a GPU, 3 on a CPU."
+        "Unset: 7 on a GPU, 3 on a CPU."
     )  # fmt: skip
     draft_sequences: int | None = _whole(
         None, 0, 4096, "Guess ahead only while at most so many sequences are at work. "

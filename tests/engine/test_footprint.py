@@ -1,0 +1,66 @@
+"""Peaks of memory are the system's own, and a limit on a GPU is hard."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from longwing.engine.ceilings import measure_ceilings
+from longwing.engine.footprint import footprint, forget_host_peak, limit_device
+from longwing.errors import CapacityError
+from longwing.plan import RUNTIME_BYTES
+
+CPU = torch.device("cpu")
+MIB = 2**20
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
+def test_hosts_peak_is_of_what_came_after_it_was_forgotten() -> None:
+    large = torch.ones(128 * MIB, dtype=torch.uint8)
+    with_large = footprint(CPU).host_peak
+    del large
+    forget_host_peak()
+    assert footprint(CPU).host_peak < with_large - 64 * MIB
+    small = torch.ones(96 * MIB, dtype=torch.uint8)
+    assert footprint(CPU).host_peak > with_large - 64 * MIB
+    assert small.nbytes == 96 * MIB
+
+
+def test_a_cpu_has_no_device_peak() -> None:
+    assert footprint(CPU).device_peak is footprint(CPU).allocated_peak is None
+
+
+def test_ceilings_of_this_machine_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("longwing.engine.ceilings._BUFFER_BYTES", {"cpu": MIB})
+    monkeypatch.setattr("longwing.engine.ceilings._MATRIX", {"cpu": 64})
+    found = measure_ceilings(CPU, torch.float32)
+    assert found.bytes_per_s > 1e8
+    assert found.flops_per_s > 1e7
+
+
+def test_a_limit_below_what_a_process_takes_is_refused() -> None:
+    with pytest.raises(CapacityError, match="before its first tensor"):
+        limit_device(torch.device("cuda"), RUNTIME_BYTES)
+
+
+@pytest.fixture
+def _unlimited_again() -> Iterator[None]:
+    yield
+    torch.cuda.set_per_process_memory_fraction(1.0)
+    torch.cuda.empty_cache()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.usefixtures("_unlimited_again")
+def test_an_allocation_beyond_the_limit_fails() -> None:
+    device = torch.device("cuda")
+    torch.cuda.empty_cache()
+    limit_device(device, torch.cuda.memory_reserved() + RUNTIME_BYTES + 512 * MIB)
+    held = torch.empty(400 * MIB, dtype=torch.uint8, device=device)
+    with pytest.raises(torch.OutOfMemoryError):
+        torch.empty(400 * MIB, dtype=torch.uint8, device=device)
+    found = footprint(device)
+    assert found.device_peak is not None
+    assert held.nbytes <= found.device_peak
