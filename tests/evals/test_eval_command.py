@@ -17,7 +17,7 @@ from longwing.cli.eval_model import LocalModel, rope_words
 from longwing.cli.eval_served import ServedModel
 from longwing.cli.report import report
 from longwing.engine.generator import load
-from longwing.errors import LongwingError, ServerError
+from longwing.errors import EvalError, LongwingError, ServerError
 from longwing.evals.journal import read_run
 from longwing.evals.task import Model
 
@@ -37,6 +37,9 @@ def facts(*args: object) -> Any:
     result = run(*args, "--json")
     assert result.exit_code == 0, result.output
     return json.loads(result.stdout)
+
+
+LONGCHAT = Path(__file__).parents[1] / "data" / "longchat"
 
 
 def usage_error(*args: object) -> str:
@@ -71,11 +74,12 @@ def test_perplexity_prints_at_least_perplexity_and_tokens(tiny: Path, text_file:
     assert len(told["rows"]) == 1
 
 
-def test_retrieval_prints_rows_and_says_what_was_too_long(tiny: Path) -> None:
-    told = facts(
+def test_run_in_which_nothing_fits_prints_its_rows_and_fails_with_a_remedy(tiny: Path) -> None:
+    result = run(
         "eval", tiny, "--tasks", "passkey,lines", "--cases", 2, "--lengths", "512,2k",
-        "--characters", "200,10",
+        "--characters", "200,10", "--json",
     )  # fmt: skip
+    told = json.loads(result.stdout)
     assert [(row["task"], row["length"], row["cases"], row["too_long"]) for row in told] == [
         ("lines", 512, 0, 2),
         ("lines", 2048, 0, 2),
@@ -85,6 +89,20 @@ def test_retrieval_prints_rows_and_says_what_was_too_long(tiny: Path) -> None:
         ("passkey", 2048, 0, 2),
     ]
     assert {row["accuracy"] for row in told} == {None}
+    assert isinstance(result.exception, EvalError)
+    assert "12 cases are longer than the context of 256 tokens" in str(result.exception)
+    assert "--context, with --rope" in str(result.exception)
+
+
+def test_bad_line_of_a_data_file_is_named_by_number(tiny: Path, tmp_path: Path) -> None:
+    file = tmp_path / "lines" / "testcases" / "200_lines.jsonl"
+    file.parent.mkdir(parents=True)
+    good = (LONGCHAT / "lines" / "testcases" / "200_lines.jsonl").read_text().splitlines()[0]
+    file.write_text("\n".join([*[good] * 36, good[:40], good]) + "\n")
+    result = run("eval", tiny, "--tasks", "lines", "--data", tmp_path)
+    assert isinstance(result.exception, EvalError)
+    assert "200_lines.jsonl, line 37: not valid JSON: " in str(result.exception)
+    assert "mend or remove the line" in str(result.exception)
 
 
 def test_run_of_a_tiny_model_ends_in_a_report(
@@ -121,6 +139,7 @@ def test_table_for_people_names_task_length_and_interval(tiny: Path, text_file: 
     result = run("eval", tiny, "--tasks", "perplexity", "--lengths", "256,4k", "--data", text_file)
     assert "perplexity" in result.stdout
     assert "too long for the context" in result.stdout
+    assert "longer than the context of 256 tokens" in " ".join(result.stderr.split())
     assert "give --out" in result.stderr
 
 
@@ -132,7 +151,6 @@ def test_table_for_people_names_task_length_and_interval(tiny: Path, text_file: 
         (("--tasks", "lines", "--depths", "top"), "no list of depths"),
         (("--tasks", "lines", "--columns", "5,x"), '"x" in --columns is not a whole number'),
         (("--tasks", "lines", "--columns", "5"), "columns are LongChat's"),
-        (("--tasks", "lines", "--concurrency", "2"), "--concurrency needs --url"),
         (("--data", "missing.txt"), "does not exist"),
         (("--url", "http://127.0.0.1:9", "--device", "cpu"), "--device does not change"),
         (("--url", "http://127.0.0.1:9", "--template", "chatml"), "the server's own template"),

@@ -59,14 +59,24 @@ def test_greedy_continuation_is_known_as_such() -> None:
     assert not unsure.loglikelihood("You hear?", "Yes")[1]
 
 
-def test_whole_text_is_scored_in_windows_that_share_a_token(
+def test_whole_text_is_scored_once_in_windows_that_are_full_to_the_last(
     model: LocalModel, judge: Callable[[str], torch.Tensor]
 ) -> None:
     text = TEXT * 6  # 390 tokens of a context of 256
     ids = model.encode(text)
     first = summed(judge(text[:256]), ids[:256], 1)
-    second = summed(judge(text[255:]), ids[255:], 1)
+    second = summed(judge(text[-256:]), ids[-256:], 256 - (len(ids) - 256))
     assert HarnessAnswers(model).rolling(text) == pytest.approx(first + second, rel=1e-5)
+
+
+def test_text_that_nothing_precedes_is_foretold_after_the_prefix(
+    model: LocalModel, judge: Callable[[str], torch.Tensor]
+) -> None:
+    prefix_id = model.encode("#")[0]
+    answers, ids = HarnessAnswers(model, prefix_id), model.encode("#" + TEXT)
+    expected = summed(judge("#" + TEXT), ids, 1)
+    assert answers.rolling(TEXT) == pytest.approx(expected, rel=1e-5)
+    assert answers.loglikelihood("", TEXT)[0] == pytest.approx(expected, rel=1e-5)
 
 
 def test_answer_ends_before_a_stop_string_and_sampling_is_refused(model: LocalModel) -> None:

@@ -18,7 +18,7 @@ from longwing.evals.table import Row, rows
 
 
 def measured(model: Blind | LocalModel, file: Path, **settings: object) -> list[Row]:
-    plan = Plan(tasks=("perplexity",), text=file, **settings)  # type: ignore[arg-type]
+    plan = Plan(tasks=("perplexity",), texts=(file,), **settings)  # type: ignore[arg-type]
     return rows(run(model, plan).records)
 
 
@@ -60,6 +60,30 @@ def test_windows_stop_at_the_tokens_asked_for(text_file: Path) -> None:
     assert [(row.num_cases, row.tokens) for row in found] == [(4, 1020), (2, 1022)]
 
 
+def test_end_of_a_short_last_window_is_not_that_of_the_whole_length(text_file: Path) -> None:
+    (row,) = measured(Fading(), text_file, lengths=(320,), tokens=320 + 160)
+    assert row.num_cases == 2
+    assert row.last_loss == pytest.approx(279.5)  # of the first window alone
+    assert row.stretches[8] == pytest.approx(84.5)  # positions 80 to 89, in both
+    assert row.stretches[16] == pytest.approx(164.5)  # in the first
+
+
+def test_windows_of_several_texts_never_reach_from_one_into_the_next(tmp_path: Path) -> None:
+    files = [tmp_path / name for name in ("one.txt", "two.txt")]
+    for file, letter in zip(files, "ab", strict=True):
+        file.write_text(letter * 1000)
+    task = Perplexity(files, lengths=(400,), max_tokens=900)
+    (cell,) = task.cells
+    assert (cell.source, cell.num_cases) == ("2 texts", 2)  # a guess: four letters a token
+    samples = list(task.samples(cell, Blind()))
+    assert [len(sample.prompt) for sample in samples] == [400, 400, 100] * 2
+    assert [sample.facts["text"] for sample in samples] == ["one.txt"] * 3 + ["two.txt"] * 3
+    assert [sample.index for sample in samples] == list(range(6))
+    assert all(len(set(sample.prompt)) == 1 for sample in samples)
+    few = Perplexity(files, lengths=(400,), num_cases=4)
+    assert len(list(few.samples(few.cells[0], Blind()))) == 4
+
+
 def test_text_shorter_than_a_window_is_refused_with_its_length(text_file: Path) -> None:
     with pytest.raises(EvalError, match=r"has 8,250 tokens, less than one window of 9,000"):
         measured(Blind(), text_file, lengths=(9000,))
@@ -70,7 +94,7 @@ def test_window_that_makes_no_sense_is_refused(
     text_file: Path, settings: dict[str, object]
 ) -> None:
     with pytest.raises(EvalError, match=r"1 tokens|stride of 200"):
-        Perplexity(text_file, **settings)  # type: ignore[arg-type]
+        Perplexity([text_file], **settings)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", ["llama2", "falcon-40b", "falcon-rw"])

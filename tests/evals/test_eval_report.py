@@ -23,7 +23,7 @@ def report(text_file: Path, quality_file: Path) -> Report:
         tasks=("topics", "lines", "passkey", "facts", "quality", "perplexity"),
         lengths=(1024, 4096),
         cases=5,
-        text=text_file,
+        texts=(text_file,),
         quality=quality_file,
     )
     dense = Blind("dense", 100_000, quantization=None, **ARCHITECTURE)

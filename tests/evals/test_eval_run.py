@@ -1,6 +1,8 @@
 """Runs: every case once, on record, whatever interrupts them."""
 
 import json
+import subprocess
+import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -78,6 +80,41 @@ def test_interrupted_run_goes_on_and_ends_in_the_same_table(
     assert rows(read_run(out).records) == rows(again.records)
 
 
+HANGING = """
+import sys
+from pathlib import Path
+sys.path[:0] = sys.argv[2:]
+from eval_models import Oracle
+from test_eval_run import PLAN
+from longwing.evals.run import run
+
+class Hanging(Oracle):
+    def answer(self, prompt):
+        if self.asked > 6:
+            print("asked", flush=True)
+            sys.stdin.read()
+        return super().answer(prompt)
+
+run(Hanging(), PLAN, Path(sys.argv[1]))
+"""
+
+
+def test_killed_process_loses_nothing_that_it_finished(tmp_path: Path) -> None:
+    out = tmp_path / "run.jsonl"
+    command = [sys.executable, "-c", HANGING, str(out), *sys.path]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"asked\n"
+        with pytest.raises(EvalError, match="being written by another run"):
+            run(Oracle(), PLAN, out)
+        process.kill()
+    assert len(read_run(out).records) == 6
+    model = Oracle()
+    again = run(model, PLAN, out)
+    assert model.asked == 10
+    assert rows(again.records) == rows(run(Oracle(), PLAN).records)
+
+
 @pytest.mark.parametrize("cut", [1, 40, 300])
 def test_line_that_was_cut_short_is_asked_again(tmp_path: Path, cut: int) -> None:
     out = tmp_path / "run.jsonl"
@@ -152,7 +189,10 @@ def test_two_runs_cannot_write_one_record(tmp_path: Path) -> None:
     [
         ("", "is empty"),
         ('{"kind": "run", "model": {}}\n{"kind": "case"}\n', r"line 2: not the record"),
-        ('{"kind": "run", "model": {}}\n{"kind": \n', r"line 2: not valid JSON"),
+        (
+            '{"kind": "run", "model": {}}\n{"kind": \n',
+            r"line 2: not valid JSON: Expecting",
+        ),
         ('{"task": "lines"}\n', r"line 1: not the record"),
     ],
 )

@@ -103,10 +103,22 @@ def test_needle_lies_at_its_depth(task: str) -> None:
         assert abs(place - sample.depth) < 0.15
 
 
-def test_cases_are_spread_evenly_over_the_depths() -> None:
-    retrieval = Retrieval("lines", lengths=[1024], num_cases=20)
+@pytest.mark.parametrize(
+    ("num_cases", "expected"),
+    [(20, (0.0, 0.25, 0.5, 0.75, 1.0) * 4), (7, (0.0, 0.25, 0.5, 0.75, 1.0, 0.0, 0.25))],
+)
+def test_depths_take_turns_so_that_an_unfinished_cell_has_seen_all_alike(
+    num_cases: int, expected: tuple[float, ...]
+) -> None:
+    retrieval = Retrieval("lines", lengths=[1024], num_cases=num_cases)
     depths = [sample.depth for sample in retrieval.samples(retrieval.cells[0], Blind())]
-    assert sorted(depths) == [depth for depth in (0.0, 0.25, 0.5, 0.75, 1.0) for _ in range(4)]
+    assert tuple(depths) == expected
+
+
+def test_fewer_cases_than_depths_are_spread_over_them() -> None:
+    retrieval = Retrieval("lines", lengths=[1024], num_cases=2)
+    depths = [sample.depth for sample in retrieval.samples(retrieval.cells[0], Blind())]
+    assert depths == [0.0, 0.5]
 
 
 def test_generated_words_do_not_occur_in_longchats_lines(longchat: Path) -> None:

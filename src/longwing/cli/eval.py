@@ -1,14 +1,16 @@
 """`longwing eval`: ask a model what it can find, choose and foretell at length."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from longwing.cli.console import AsJson, note, print_json, print_rows, progress
+from longwing.checkpoint import Checkpoint
+from longwing.cli.console import AsJson, note, print_json, print_rows, progress, warn
+from longwing.cli.eval_engine import BatchedModel, load_batches
 from longwing.cli.eval_model import LocalModel
 from longwing.cli.eval_served import ServedModel
 from longwing.cli.generate import TemplateOption
@@ -54,7 +56,7 @@ def evaluate(
         list[Path] | None,
         typer.Option(
             help="A folder: LongChat's cases of topics and lines; .jsonl: QuALITY's questions; "
-            "another file: perplexity's text. Repeatable.",
+            "other files: perplexity's texts. Repeatable.",
             exists=True,
         ),
     ] = None,
@@ -70,7 +72,7 @@ def evaluate(
         typer.Option(min=1, help="Perplexity: tokens from one window to the next; they overlap."),
     ] = None,
     tokens: Annotated[
-        str | None, typer.Option(help="Perplexity: read no more of the text than this, e.g. 64k.")
+        str | None, typer.Option(help="Perplexity: read no more of each text than this, e.g. 64k.")
     ] = None,
     out: Annotated[
         Path | None,
@@ -89,7 +91,12 @@ def evaluate(
     api_key: Annotated[
         str | None, typer.Option(help="For --url.", envvar="LONGWING_API_KEY")
     ] = None,
-    concurrency: Annotated[int, typer.Option(min=1, help="With --url: questions at a time.")] = 1,
+    concurrency: Annotated[
+        int,
+        typer.Option(
+            min=1, max=1024, help="Questions at a time; a loaded model answers them in batches."
+        ),
+    ] = 1,
     as_json: AsJson = False,
     load: LoadOptions,
 ) -> None:
@@ -115,12 +122,11 @@ def evaluate(
         tokens=None if tokens is None else length(tokens),
         **_data(data or []),
     )
-    if url is None and concurrency > 1:
-        raise typer.BadParameter("--concurrency needs --url: a loaded model answers one by one")
-    with (
-        _model(model, name, template, load, url, api_key) as asked,
-        progress("evaluating") as advance,
-    ):
+    if url is None:
+        opened = _loaded(model, name, template, load, concurrency)
+    else:
+        opened = _served(url, model, name, template, load, api_key)
+    with opened as asked, progress("evaluating") as advance:
         done = run_plan(
             asked, plan, out, concurrency=concurrency, restart=restart, progress=advance
         )
@@ -128,24 +134,38 @@ def evaluate(
         print_json(_facts(done))
     else:
         print_rows(asked.name, [_line(row) for row in rows(done.records)])
+    _say_what_did_not_fit(rows(done.records), asked.context_len, url is None)
     if out is None:
         note("nothing was kept; give --out FILE.jsonl to keep the cases and to draw a report")
 
 
 @contextmanager
-def _model(
+def _loaded(
+    model: str, name: str | None, template: str, load: LoadOptions, concurrency: int
+) -> Iterator[Model]:
+    """A folder loaded here: the plain path, or the engine for several questions at a time."""
+    folder = find_model(model)
+    quant = Checkpoint.open(folder).quant
+    quantization = None if quant is None else f"{quant.bits}-bit, group {quant.group_size}"
+    shown = name or folder.name
+    if concurrency == 1:
+        yield LocalModel(load_generator(folder, load), shown, template, quantization)
+        return
+    engine = load_batches(folder, load, concurrency)
+    with BatchedModel(engine, shown, template, quantization) as batched:
+        yield batched
+
+
+@contextmanager
+def _served(
+    url: str,
     model: str,
     name: str | None,
     template: str,
     load: LoadOptions,
-    url: str | None,
     api_key: str | None,
 ) -> Iterator[Model]:
-    """Who is asked: a server, or a folder loaded here."""
-    if url is None:
-        folder = find_model(model)
-        yield LocalModel(load_generator(folder, load), name or folder.name, template)
-        return
+    """A server; what is for a folder is refused."""
     idle = [key for key, value in asdict(load).items() if value not in (None, "auto")]
     if idle or model != DEMO_NAME:
         given = "a MODEL" if model != DEMO_NAME else f"--{idle[0]}"
@@ -158,6 +178,22 @@ def _model(
         yield served
 
 
+def _say_what_did_not_fit(told: Sequence[Row], context: int, is_loaded: bool) -> None:
+    """Where the context was too short, what would help; an error if nothing fitted at all."""
+    left_out = sum(row.num_too_long for row in told if not row.subset)
+    if not left_out:
+        return
+    remedy = "a longer --context, with --rope beyond what the model was trained for,"
+    said = (
+        f"{left_out} cases are longer than the context of {context:,} tokens and were not asked; "
+        f"give shorter ones, or {remedy if is_loaded else 'serve with a longer --context,'} to "
+        "hold them"
+    )
+    if not any(row.num_cases for row in told):
+        raise EvalError(said)
+    warn(said)
+
+
 def _plan(**settings: object) -> Plan:
     """The plan; what no run can have is a usage error."""
     try:
@@ -166,14 +202,17 @@ def _plan(**settings: object) -> Plan:
         raise typer.BadParameter(str(error)) from error
 
 
-def _data(paths: list[Path]) -> dict[str, Path]:
+def _data(paths: list[Path]) -> dict[str, Any]:
     """Which task each path is for, by its kind."""
-    found: dict[str, Path] = {}
+    found: dict[str, Any] = {}
     for path in paths:
-        kind = "longchat" if path.is_dir() else "quality" if path.suffix == ".jsonl" else "text"
-        if kind in found:
+        kind = "longchat" if path.is_dir() else "quality" if path.suffix == ".jsonl" else "texts"
+        if kind == "texts":
+            found[kind] = (*found.get(kind, ()), path)
+        elif kind in found:
             raise typer.BadParameter(f"--data {found[kind]} and {path} are for the same task")
-        found[kind] = path
+        else:
+            found[kind] = path
     return found
 
 

@@ -1,8 +1,8 @@
 """`LocalModel`: a loaded model as the evaluations' `Model`.
 
 The evaluations know no engine; this is where the two meet. Prompts are answered by the plain
-generator, one at a time; losses come from one pass over the hidden states, with the logits made a
-stretch at a time, since a whole window's would take gigabytes.
+generator, one at a time (`eval_engine.py` answers many); losses come from one pass over the hidden
+states, with the logits made a stretch at a time, since a whole window's would take gigabytes.
 
 Shape key: T tokens, D model dim, V vocabulary.
 """
@@ -32,12 +32,20 @@ class LocalModel:
         generator: the loaded model.
         name: what tables call it.
         template: as --template of the command line: "auto", "plain", or a template's name.
+        quantization: how its weights are packed, in words; None: not at all.
     """
 
-    def __init__(self, generator: Generator, name: str, template: str = "auto") -> None:
+    def __init__(
+        self,
+        generator: Generator,
+        name: str,
+        template: str = "auto",
+        quantization: str | None = None,
+    ) -> None:
         self._generator = generator
         self._tokenizer = generator.tokenizer
         self._template = template
+        self._quantization = quantization
         self.name = name
         self.context_len = generator.context
         bos = self._tokenizer.bos_id
@@ -48,13 +56,10 @@ class LocalModel:
         """What it is and how it runs."""
         model = self._generator.model
         config = model.config
-        packed = [linear for _, linear in model.linears() if linear.weight is None]
         return {
             "architecture": f"{config.family}, {config.num_layers} layers of {config.hidden_size}",
             "vocab_size": config.vocab_size,
-            "quantization": f"{packed[0].bits}-bit, group {packed[0].group_size}"
-            if packed
-            else None,
+            "quantization": self._quantization,
             "rope": rope_words(config.rope),
             "dtype": str(model.dtype).removeprefix("torch."),
             "device": model.device.type,

@@ -5,6 +5,7 @@ what is served, template included. Losses need the prompt's own log-probabilitie
 `longwing serve` gives with --enable-prefill-logprobs.
 """
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from typing import Self
@@ -93,14 +94,14 @@ class ServedModel:
     def choose(self, prompt: str, options: Sequence[str]) -> list[float]:
         """Each option's log-probability after the prompt; a request an option."""
         prompt_ids = self._ids(prompt)
-        found = []
+        found: list[float | None] = []
         for option in options:
             together = self._ids(prompt + option)
             option_id = together[len(prompt_ids) : len(prompt_ids) + 1]
             if together[: len(prompt_ids)] != prompt_ids or not option_id:
                 option_id = self.encode(option)[-1:]  # the two melt into one token
-            found.append(self._echoed([*prompt_ids, *option_id])[-1] or 0.0)
-        return found
+            found += self._echoed([*prompt_ids, *option_id])[-1:]
+        return [-math.inf if value is None else value for value in found]
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a piece of text, and nothing before it."""
@@ -126,9 +127,13 @@ class ServedModel:
         prompt = {"prompt": list(ids)}  # as ids: text could be encoded otherwise
         done = self._client.completion("", max_tokens=0, echo=True, logprobs=0, extra=prompt)
         said = (done.choices[0].logprobs or {}).get("token_logprobs")
-        if not isinstance(said, list) or len(said) < len(ids):
-            raise ServerError("the server did not give the log-probabilities of the prompt")
-        return said[: len(ids)]
+        found = said[: len(ids)] if isinstance(said, list) else []
+        if len(found) < len(ids) or not all(isinstance(value, int | float) for value in found[1:]):
+            raise ServerError(
+                "the server did not give the log-probabilities of the whole prompt; start it with "
+                "--enable-prefill-logprobs"
+            )
+        return found
 
 
 def _turn(text: str) -> list[dict[str, str]]:

@@ -14,7 +14,10 @@ The room knows no engine and no torch: whatever answers prompts is handed in as 
     table.py       from records to rows: accuracy, intervals, loss
     published.py   the results others published
     charts.py      SVG
-    report.py      what a report says
+    entry.py       one model of a report
+    fields.py      what stands in a table's fields
+    *_section.py   the parts of a report: accuracy, loss, quantised against dense
+    report.py      which of them it has
     page.py        how it is written: HTML and Markdown
     harness.py     a Model for lm-evaluation-harness
 """

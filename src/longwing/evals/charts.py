@@ -17,6 +17,8 @@ _LEGEND_ROW = 18
 
 OURS = ("#1f5fbf", "#d9480f", "#2b8a3e", "#862e9c", "#c2255c", "#0c8599", "#a16207", "#343a40")
 _THEIRS = ("#9aa1a9", "#7b838c", "#5f666d", "#b4bac1")
+_OUR_DASH = "5 2.5"
+_SHORT_NAME = 24  # characters of a legend's entry that fit half the width
 _DASHES = ("6 3", "2 3", "9 3 2 3", "4 2")
 
 # Of a score: 0, a half, 1. Told apart by lightness too, and each field has its number.
@@ -30,11 +32,15 @@ class Line:
     Attributes:
         name: for the legend.
         points: (x, y, low, high); low and high are equal to y where there is no interval.
+        colour: a number; lines of one number have one colour.
+        dashed: drawn so, to stand beside another of its colour.
         published: drawn in grey and dashed, as somebody else's.
     """
 
     name: str
     points: Sequence[tuple[float, float, float, float]]
+    colour: int = 0
+    dashed: bool = False
     published: bool = False
 
 
@@ -84,9 +90,9 @@ def line_chart(
             if len(places) <= 16:
                 parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.8" fill="{colour}"/>')
         legend.append((line.name, colour, dashed))
-    top = bottom + (44 if x_name else 28)
-    parts.append(_legend(legend, top))
-    return _svg(title, top + _LEGEND_ROW * len(legend), parts)
+    top = bottom + (52 if x_name else 32)
+    named, height = _legend(legend, top)
+    return _svg(title, top + height, [*parts, named])
 
 
 def heat_map(title: str, spots: Sequence[Spot], columns: Sequence[tuple[str, int]]) -> str:
@@ -168,26 +174,31 @@ def length_ticks(lengths: Sequence[float]) -> list[tuple[float, str]]:
 def _styled(lines: Sequence[Line]) -> list[tuple[Line, str, str]]:
     """Each line with its colour and dashes."""
     styled = []
-    ours = theirs = 0
+    theirs = 0
     for line in lines:
         if line.published:
             at = theirs % len(_THEIRS)
             styled.append((line, _THEIRS[at], _DASHES[at]))
             theirs += 1
         else:
-            styled.append((line, OURS[ours % len(OURS)], ""))
-            ours += 1
+            dash = _OUR_DASH if line.dashed else ""
+            styled.append((line, OURS[line.colour % len(OURS)], dash))
     return styled
 
 
-def _legend(entries: Sequence[tuple[str, str, str]], top: float) -> str:
+def _legend(entries: Sequence[tuple[str, str, str]], top: float) -> tuple[str, float]:
+    """Names beside strokes, and the height they take; in two columns where they are short."""
+    longest = max((len(name) for name, *_ in entries), default=0)
+    columns = 2 if len(entries) > 3 and longest <= _SHORT_NAME else 1
+    per_column = -(-len(entries) // columns)
     parts = []
     for number, (name, colour, dashed) in enumerate(entries):
-        y = top + number * _LEGEND_ROW
+        x = _LEFT + number // per_column * (WIDTH - _LEFT) / 2
+        y = top + number % per_column * _LEGEND_ROW
         more = f'stroke-width="2.4"{dashed}'
-        parts.append(_stroke(_LEFT, y, _LEFT + 26, y, colour, more))
-        parts.append(_text(_LEFT + 34, y + 4, name, "start"))
-    return "".join(parts)
+        parts.append(_stroke(x, y, x + 26, y, colour, more))
+        parts.append(_text(x + 34, y + 4, name, "start"))
+    return "".join(parts), _LEGEND_ROW * per_column
 
 
 def _shade(score: float) -> str:

@@ -124,7 +124,9 @@ def text_lines(file: Path, *, whole: bool = False) -> Iterator[str]:
                     return
                 yield line.decode("utf-8")
     except UnicodeDecodeError as fault:
-        raise EvalError(f"{file}, line {number}: not UTF-8: {fault}") from fault
+        raise EvalError(
+            f"{file}, line {number}: not UTF-8 from its byte {fault.start + 1} on; convert the file"
+        ) from fault
     except OSError as fault:
         raise EvalError(f"{file} cannot be read: {fault.strerror}; check the path") from fault
 
@@ -141,10 +143,13 @@ def parse_line(line: str, file: Path, number: int) -> Record:
         EvalError: there is none; names file and line.
     """
     try:
-        record = json.loads(line)
+        record = json.loads(line.strip())
     except (ValueError, RecursionError) as fault:
+        why = str(fault)
+        if isinstance(fault, json.JSONDecodeError):
+            why = f"{fault.msg}, column {fault.colno}"
         raise EvalError(
-            f"{file}, line {number}: not valid JSON: {fault}; mend or remove the line"
+            f"{file}, line {number}: not valid JSON: {why}; mend or remove the line"
         ) from None
     if not isinstance(record, dict):
         raise EvalError(f"{file}, line {number}: holds no JSON object; mend or remove the line")

@@ -131,8 +131,9 @@ th, td { text-align: left; vertical-align: top; padding: .45rem 1.1rem .45rem 0;
   border-bottom: 1px solid var(--line); white-space: nowrap; }
 thead th { font-weight: 600; color: var(--soft); border-bottom: 2px solid var(--line); }
 tbody th { font-weight: 600; }
-th:first-child { position: sticky; left: 0; background: #fff; min-width: 7.5rem; max-width: 16rem;
+th:first-child { position: sticky; left: 0; background: #fff; min-width: 11rem; max-width: 16rem;
   white-space: normal; overflow-wrap: anywhere; }
+td small { min-width: 6.5rem; max-width: 16rem; white-space: normal; }
 .theirs th, .theirs td { color: var(--soft); font-weight: 400; }
 small { display: block; font-weight: 400; color: var(--soft); font-size: .78rem; }
 .figures { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 400px), 1fr));
@@ -142,5 +143,5 @@ figcaption { font-size: .85rem; font-weight: 600; margin: 0 0 .2rem; }
 svg { display: block; width: 100%; height: auto; }
 @media (max-width: 480px) { main { padding: 1rem .5rem 2rem; } section { padding: .9rem .8rem; }
   figure { padding: .4rem .2rem .2rem; } figcaption { padding: 0 .3rem; }
-  th, td { padding-right: .8rem; } th:first-child { max-width: 8.5rem; } }
+  th, td { padding-right: .8rem; } th:first-child { min-width: 7.5rem; max-width: 8.5rem; } }
 """

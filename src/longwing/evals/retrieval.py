@@ -247,7 +247,7 @@ class Retrieval:
                 case = self._longchat[cell.size][index]
                 prompt, expected, depth = case.prompt, (case.expected,), case.depth
             else:
-                depth = self._depths[index * len(self._depths) // cell.num_cases]
+                depth = self._depth(index, cell.num_cases)
                 prompt, expected = self._made(cell, index, depth, model)
             yield Sample(
                 index=index,
@@ -257,6 +257,13 @@ class Retrieval:
                 max_new_tokens=self._kind.max_new_tokens,
                 depth=depth,
             )
+
+    def _depth(self, index: int, num_cases: int) -> float:
+        """Depths take turns, so that an unfinished cell has seen all of them alike."""
+        depths = self._depths
+        if num_cases < len(depths):
+            return depths[index * len(depths) // num_cases]
+        return depths[index % len(depths)]
 
     def length(self, sample: Sample, model: Model) -> int:
         """Tokens of the prompt in its template, and the room for the answer."""

@@ -46,10 +46,10 @@ class Plan:
         seed: another one gives other cases.
         longchat: LongChat's folder, for `topics` and `lines`; None: they are generated.
         columns: which of LongChat's columns; none: the published ones.
-        text: what `perplexity` reads.
+        texts: what `perplexity` reads.
         quality: QuALITY's file.
         stride: tokens between the starts of `perplexity`'s windows; None: they do not overlap.
-        tokens: how much of the text `perplexity` reads; None: all.
+        tokens: how much of each text `perplexity` reads; None: all.
 
     Raises:
         EvalError: a value that no run can have.
@@ -63,7 +63,7 @@ class Plan:
     seed: int = 0
     longchat: Path | None = None
     columns: tuple[int, ...] = ()
-    text: Path | None = None
+    texts: tuple[Path, ...] = ()
     quality: Path | None = None
     stride: int | None = None
     tokens: int | None = None
@@ -91,15 +91,13 @@ class Plan:
 
     def to_json(self) -> dict[str, object]:
         """As the record keeps it. Of files only the names: they may lie elsewhere next time."""
-        values = {item.name: getattr(self, item.name) for item in fields(self)}
-        return {
-            name: value.name
-            if isinstance(value, Path)
-            else list(value)
-            if isinstance(value, tuple)
-            else value
-            for name, value in values.items()
-        }
+
+        def plain(value: object) -> object:
+            if isinstance(value, tuple):
+                return [plain(item) for item in value]
+            return value.name if isinstance(value, Path) else value
+
+        return {item.name: plain(getattr(self, item.name)) for item in fields(self)}
 
 
 def run(
@@ -359,10 +357,10 @@ def _quality(plan: Plan, model: Model) -> Task:
 
 
 def _perplexity(plan: Plan, model: Model) -> Task:
-    if plan.text is None:
+    if not plan.texts:
         raise EvalError("perplexity needs a text; give one with --data FILE.txt")
     return Perplexity(
-        plan.text,
+        plan.texts,
         lengths=plan.lengths or (min(DEFAULT_WINDOW, model.context_len),),
         num_cases=plan.cases,
         stride=plan.stride,
