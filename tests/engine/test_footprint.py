@@ -17,6 +17,7 @@ MIB = 2**20
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
 def test_hosts_peak_is_of_what_came_after_it_was_forgotten() -> None:
+    forget_host_peak()  # that of tests before this one
     large = torch.ones(128 * MIB, dtype=torch.uint8)
     with_large = footprint(CPU).host_peak
     del large

@@ -14,6 +14,7 @@ from typing import Annotated, Any, ParamSpec, TypeVar, get_args, get_origin, get
 
 import typer
 
+from longwing import tiny
 from longwing.cli.console import progress
 from longwing.demo import DEMO_NAME, demo_model
 from longwing.errors import ConfigError, RequestError
@@ -142,14 +143,17 @@ def _collect(value: Any, kind: Any) -> Any:
 ModelArgument = Annotated[
     str,
     typer.Argument(
-        help="A model folder, or owner/name once pulled. Without it: the small demo model, "
-        "made on first use.",
+        help="A model folder, owner/name once pulled, or longwing-tiny, the small reader of long "
+        "documents that comes with the package. Without it: the small demo model, made on first "
+        "use.",
     ),
 ]
 
 
 def find_model(model: str) -> Path:
     """The folder a MODEL argument means: one that exists, else a name; the demo is made at need."""
+    if model == tiny.NAME and not Path(model).is_dir():
+        return tiny.FOLDER
     if model != DEMO_NAME or Path(model).is_dir():
         return find(model)
     with progress(f"making {DEMO_NAME}", in_bytes=True) as advance:

@@ -1,0 +1,38 @@
+"""Write calibration.jsonl: what longwing-tiny is quantised on, half records, half prose.
+
+    python recipes/tiny/calibration.py --corpus FILE --tokenizer FILE --out calibration.jsonl
+
+Quantising sees the inputs of each layer. Prose alone would leave out what this model is there for:
+labels, numbers, and questions about them many thousand tokens later.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from prepare import read_tokenizer
+from records import Corpus, Records
+
+KINDS = {"lines": 16, "topics": 12, "facts": 12, "passkey": 4, "prose": 24}
+LENGTHS = (2048, 6144, 12_288)
+
+
+def main() -> None:
+    """Write the file."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    for name in ("corpus", "tokenizer", "out"):
+        parser.add_argument(f"--{name}", type=Path, required=True)
+    given = parser.parse_args()
+    tokenizer = read_tokenizer(given.tokenizer)
+    records = Records(Corpus(given.corpus, torch.device("cpu")), seed=7)
+    with given.out.open("w", encoding="utf-8") as out:
+        for kind, count in KINDS.items():
+            for number in range(count):
+                length = LENGTHS[number % len(LENGTHS)]
+                (ids,) = records.batch(kind, 1, length).tokens_BT.tolist()
+                out.write(json.dumps({"text": tokenizer.decode(ids)}) + "\n")
+
+
+if __name__ == "__main__":
+    main()
