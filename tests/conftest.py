@@ -1,5 +1,6 @@
 """Tiny models that transformers makes and saves, for every room's tests."""
 
+import logging
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +20,16 @@ from tiny import ARCHITECTURES, save_model, write_tokenizer
 def _one_thread() -> None:
     """Tiny matrices are slower on many threads, and sums keep one order."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_it_was() -> Iterator[None]:
+    """A command run in this process sets logging up, on a stream that lives only for its test."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
 
 
 @pytest.fixture(scope="session")
@@ -43,9 +54,9 @@ def smollm2_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def smollm2_folder(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def smollm2_folder(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo model, made as a first run makes it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LONGWING_CACHE", str(tmp_path_factory.mktemp("cache")))
         patch.setattr(demo, "_installed", lambda: smollm2_gguf)
-        yield demo.demo_model()
+        return demo.demo_model()
