@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from longwing.checkpoint.adapter import Adapter, AdapterConfig
 from longwing.errors import CheckpointError
@@ -15,6 +15,7 @@ from longwing.layers import Linear
 from longwing.layers.lora import AdapterChoice, LoRALinear, adaptable, attach, wrap
 from longwing.models import load_model
 from longwing.models.prepare import prepare
+from longwing.parallel import shard_linear
 
 LAYER = "transformer.h.1.mlp.dense_h_to_4h"
 
@@ -114,6 +115,34 @@ def test_gradient_through_packed_weights_is_that_of_the_dense_ones_and_keeps_non
     (own,) = torch.autograd.grad(out_TO, x_TI, slope_TO)
     torch.testing.assert_close(out_TO, x_TI @ dense_OI.T)
     torch.testing.assert_close(own, slope_TO @ dense_OI)
+
+
+@pytest.mark.parametrize("leaf", ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"])
+def test_ranks_that_share_a_linear_share_what_is_added_to_it(
+    leaf: str, tiny_folder: Callable[[str], Path]
+) -> None:
+    folder = tiny_folder("falcon-40b")
+    name = next(name for name in _shapes(folder) if name.endswith(f".{leaf}"))
+    adapter = _adapter({name: _shapes(folder)[name]}, rank=3, seed=1)
+    whole = load_model(folder)
+    attach(whole, [adapter])
+    module = whole.get_submodule(name)
+    assert isinstance(module, LoRALinear)
+    x_TI = torch.randn(4, module.in_features)
+    expected_TO = module(x_TI) - module.base(x_TI)
+    parts = []
+    for rank in range(2):
+        model = load_model(folder)
+        linear = model.get_submodule(name)
+        assert isinstance(linear, Linear)
+        K = model.config.num_kv_heads
+        shard = shard_linear(name, linear.in_features, linear.out_features, K, size=2, rank=rank)
+        linear.take_part(shard)
+        nn.init.zeros_(linear.weight)  # type: ignore[arg-type]
+        attach(model, [adapter])
+        parts.append(model.get_submodule(name)(x_TI[:, shard.ins]))
+    found_TO = sum(parts) if shard.sums else torch.cat(parts, 1)
+    torch.testing.assert_close(found_TO, expected_TO, rtol=1e-4, atol=1e-5)
 
 
 def test_adapter_of_another_model_is_refused_by_name_or_shape(

@@ -121,7 +121,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(
     assert child.returncode == 130, said
     assert b"steps are saved" in said
     assert b"the same command goes on" in said
-    assert (journal_folder(target) / "state.safetensors").exists()
+    assert (journal_folder(target) / "state.json").exists()
     assert not target.exists()
     resumed = refused(*words[:-1], "3")
     assert "steps 100000, not 3" in resumed

@@ -1,4 +1,4 @@
-"""Tuning on a GPU: the CPU's losses within bfloat16, and losses that fall."""
+"""Tuning on a GPU: the CPU's losses within bfloat16, and losses that fall; on two, the same."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +11,7 @@ from longwing.tune import TuneSpec, tune
 from longwing.tune.attention import Borders, attend_documents, install
 from longwing.tune.packing import Row
 from longwing.tune.passes import Pass
+from tune.shard_worker import launch, results
 
 pytestmark = [
     pytest.mark.gpu,
@@ -37,7 +38,7 @@ def test_loss_of_packed_documents_is_the_cpu_s(
         model = load_model(tiny_folder(name), device=device, dtype=dtype)
         model.requires_grad_(True)
         install(model)
-        loss = Pass(model=model).loss(_row())
+        loss = Pass(model)(_row())
         loss.backward()
         losses.append(float(loss.detach()))
     assert losses[1] == pytest.approx(losses[0], rel=0.02)
@@ -77,3 +78,41 @@ def test_loss_falls_on_a_gpu(
     spec = TuneSpec(full=kind == "full", rank=4, batch=2, steps=8, lr=3e-3, warmup=2)
     done = tune(folder, tmp_path / "out", [records], spec, context=64, device="cuda")
     assert done.losses[-1] < 0.85 * done.losses[0]
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_two_gpus_that_share_a_model_take_the_steps_of_one(
+    tiny_folder: Callable[[str], Path],
+    packed_folder: Callable[[int], Path],
+    records: Path,
+    tmp_path: Path,
+) -> None:
+    kinds = {
+        "full": (tiny_folder("falcon-40b"), {"full": True}),
+        "lora": (tiny_folder("smollm2"), {}),
+        "qlora": (packed_folder(4), {}),
+    }
+    common = {"data": str(records), "device": "cuda"}
+    cases = [
+        {**common, "source": str(source), "target": str(tmp_path / f"{kind}-{shard}"),
+         "spec": {**spec, "steps": 8}, "shard": shard}
+        for kind, (source, spec) in kinds.items()
+        for shard in ("never", "auto", "always")
+    ]  # fmt: skip
+    stopped = {**cases[2], "target": str(tmp_path / "stopped")}
+    cases += [{**stopped, "stop_after": 3}, stopped]
+    said, _ = results(launch(cases, tmp_path), tmp_path)
+    whole, auto, shared = (said[place:9:3] for place in range(3))
+    for kind, one, same, other in zip(kinds, whole, auto, shared, strict=True):
+        alone = tune(
+            kinds[kind][0], tmp_path / f"{kind}-alone", [records],
+            TuneSpec(**{"batch": 3, "steps": 8, "lr": 3e-3, "warmup": 2, "rank": 4,
+                        **kinds[kind][1]}),
+            context=64, device="cuda:0",
+        )  # fmt: skip
+        assert (one["sharded"], same["sharded"], other["sharded"]) == (False, False, True)
+        for losses in (one["losses"], other["losses"]):
+            assert losses == pytest.approx(alone.losses, rel=0.02), kind
+        assert other["losses"][-1] < 0.9 * other["losses"][0]
+    assert said[-1]["resumed"] == 3
+    assert said[-1]["losses"] == pytest.approx(shared[0]["losses"], rel=0.02)

@@ -51,3 +51,33 @@ def test_run_that_certainly_does_not_fit_is_refused_with_what_would_help(
     require_room(memory, memory.total)
     with pytest.raises(CapacityError, match=r"tuning needs .* are free; give a shorter --context"):
         require_room(memory, memory.weights)
+
+
+def test_plan_divides_what_is_sharded_and_leaves_packed_weights_whole(
+    tiny_folder: Folder, packed_folder: Callable[[int], Path]
+) -> None:
+    for folder, spec in ((tiny_folder("falcon-40b"), TuneSpec(full=True)),
+                         (packed_folder(4), TuneSpec())):  # fmt: skip
+        checkpoint = Checkpoint.open(folder)
+        config = ModelConfig.from_hf(checkpoint.config)
+        whole, shared = (memory_of(config, checkpoint.quant, spec, 64, n) for n in (1, 4))
+        assert shared.training == -(-whole.training // 4)
+        packed = sum(
+            info.nbytes for name, info in checkpoint.tensors.items()
+            if name.endswith((".qweight", ".qzeros", ".scales", ".g_idx"))
+        )  # fmt: skip
+        assert shared.weights - packed == -(-(whole.weights - packed) // 4)
+        assert (whole.gathered, shared.gathered > 0) == (0, True)
+        assert (whole.kept, whole.work) == (shared.kept, shared.work)
+    with pytest.raises(CapacityError, match=r"on each of 4 GPUs .* or more GPUs$"):
+        require_room(shared, shared.weights, 4)
+
+
+def test_plan_in_the_command_line_shows_what_several_gpus_need(
+    tiny_folder: Folder, records: Path, tmp_path: Path
+) -> None:
+    words = ("tune", tiny_folder("llama2"), tmp_path / "out", "--data", records, "--plan", "--full")
+    planned = facts(*words)
+    weights = [planned["weights"], *(planned["sharded"][n]["weights"] for n in ("2", "4", "8"))]
+    assert weights == sorted(weights, reverse=True)
+    assert "over 8" in run(*words).stdout

@@ -39,13 +39,13 @@ def test_packed_documents_give_the_loss_of_each_alone_and_of_the_plain_model(
     name: str, tiny_folder: Callable[[str], Path]
 ) -> None:
     plain = load_model(tiny_folder(name))
-    passes = Pass(model=_tuned_model(tiny_folder(name)))
-    together = passes.loss(_row()).detach()
+    passes = Pass(_tuned_model(tiny_folder(name)))
+    together = passes(_row()).detach()
     apart, expected, start = 0.0, 0.0, 0
     for length in LENGTHS:
         row = _row((length,), start)
         start += length
-        apart += float(passes.loss(row).detach())
+        apart += float(passes(row).detach())
         with torch.no_grad():
             logits_TV = plain.logits(plain(row.tokens_T, torch.arange(length)))
         each_T = F.cross_entropy(logits_TV, row.targets_T, reduction="none")
@@ -60,7 +60,7 @@ def test_gradients_through_checkpointed_blocks_are_those_of_the_plain_model(
 ) -> None:
     row = _row((40,))
     tuned = _tuned_model(tiny_folder(name))
-    Pass(model=tuned).loss(row).backward()
+    Pass(tuned)(row).backward()
     plain = load_model(tiny_folder(name)).requires_grad_(True)
     logits_TV = plain.logits(plain(row.tokens_T, torch.arange(40)))
     (F.cross_entropy(logits_TV, row.targets_T, reduction="none") * row.weights_T).sum().backward()

@@ -22,12 +22,14 @@ from longwing.cli.console import (
     warn,
 )
 from longwing.cli.options import filled_by, find_model, length
+from longwing.models import find_device
 from longwing.plan import format_size
 from longwing.tune import Tuned, TuneSpec
 from longwing.tune import tune as tune_model
+from longwing.tune.group import FailedElsewhereError, Group
 from longwing.tune.memory import TuneMemory
 from longwing.tune.run import Step
-from longwing.tune.tune import plan_memory
+from longwing.tune.tune import ShardWhen, plan_memory
 
 _EVERY_S = 10.0
 """Without a terminal: seconds between two lines."""
@@ -73,6 +75,13 @@ def tune(
         ),
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    shard: Annotated[
+        ShardWhen,
+        typer.Option(
+            help="With torchrun: whether the GPUs share the model, each a part of it; auto: if "
+            "one cannot hold it."
+        ),
+    ] = "auto",
     restart: Annotated[
         bool, typer.Option("--restart", help="Forget what a stopped run has done.")
     ] = False,
@@ -92,14 +101,17 @@ def tune(
       longwing tune falcon-7b-4bit my-adapter --data chats.jsonl --template falconlite2
       longwing tune models/small tuned --full --data book.txt --lr 3e-5 --epochs 3
     """
-    folder = find_model(model)
     longest = None if context is None else length(context)
     if only_plan:
-        _print_plan(*plan_memory(folder, spec, context=longest), as_json=as_json)
+        _print_plan(*plan_memory(find_model(model), spec, context=longest), as_json=as_json)
         return
-    with _stopping() as should_stop, ExitStack() as stack:
+    with ExitStack() as stack:
+        group = stack.enter_context(_joined(device))
+        should_stop = stack.enter_context(_stopping(group))
         tell = stack.enter_context(progress_by_part())
         show = stack.enter_context(_steps())
+        with group.agreed():
+            folder = find_model(model)
         done = tune_model(
             folder,
             target,
@@ -111,13 +123,14 @@ def tune(
             skip_long=skip_long,
             held_out=held_out or (),
             device=device,
+            shard=shard,
             restart=restart,
             should_stop=should_stop,
             tell=tell,
             on_step=show,
         )
-    if not done.speaks:
-        return
+    if group.rank:
+        raise typer.Exit(0 if done.folder else 130)
     if done.data.num_skipped:
         warn(f"{done.data.num_skipped} records longer than the context were left out")
     if as_json:
@@ -131,7 +144,17 @@ def tune(
 
 
 @contextmanager
-def _stopping() -> Iterator[Callable[[], bool]]:
+def _joined(device: str) -> Iterator[Group]:
+    """The processes that torchrun started, or this one. What goes wrong is said by one of them."""
+    try:
+        with Group(find_device(device)) as group:
+            yield group
+    except FailedElsewhereError:
+        raise typer.Exit(1) from None
+
+
+@contextmanager
+def _stopping(group: Group) -> Iterator[Callable[[], bool]]:
     """Whether Ctrl-C or a request to end has come; a second Ctrl-C ends at once."""
     asked: list[int] = []
 
@@ -139,7 +162,9 @@ def _stopping() -> Iterator[Callable[[], bool]]:
         if asked and number == signal.SIGINT:
             raise KeyboardInterrupt
         asked.append(number)
-        note("stopping after this row, to save; Ctrl-C again to stop without")
+        if not group.rank:
+            part = "row" if group.size == 1 else "step"
+            note(f"stopping after this {part}, to save; Ctrl-C again to stop without")
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -192,17 +217,24 @@ _PARTS = {
     "training": "gradients, moments, and what is trained",
     "kept": "the input of every block",
     "work": "the block that goes back, or the loss",
+    "gathered": "sharded: what is whole for a moment",
     "runtime": "CUDA beside its tensors",
 }
 
 
-def _print_plan(memory: TuneMemory, row_len: int, *, as_json: bool) -> None:
-    parts = asdict(memory)
+def _print_plan(plans: dict[int, TuneMemory], row_len: int, *, as_json: bool) -> None:
+    """What each GPU needs: with the whole model, and sharded over several."""
+    parts = {number: {**asdict(memory), "total": memory.total} for number, memory in plans.items()}
     if as_json:
-        print_json({**parts, "total": memory.total, "row_len": row_len})
+        whole, *_ = parts.values()
+        sharded = {str(number): part for number, part in parts.items() if number > 1}
+        print_json({**whole, "row_len": row_len, "sharded": sharded})
         return
-    rows = [(name, format_size(parts[name]), what) for name, what in _PARTS.items()]
-    rows.append(("in all", format_size(memory.total), "for each GPU"))
+    heads = ("whole", *(f"over {number}" for number in plans if number > 1))
+    rows = [("on each GPU", *heads, "")]
+    for name, what in _PARTS.items():
+        rows.append((name, *(format_size(part[name]) for part in parts.values()), what))
+    rows.append(("in all", *(format_size(part["total"]) for part in parts.values()), ""))
     print_rows(f"tuning on rows of {row_len:,} tokens", rows)
 
 
@@ -215,6 +247,9 @@ def _print(done: Tuned) -> None:
         ("trained", f"{done.num_trained:,} numbers, {done.num_steps:,} steps"),
         ("loss", f"{done.losses[0]:.4f} at first, {last:.4f} over the last {tenth}"),
     ]
+    if done.num_processes > 1:
+        held = "a part of the model" if done.sharded else "the whole model"
+        rows.append(("processes", f"{done.num_processes}, each with {held}"))
     if done.num_resumed:
         rows.append(("resumed", f"{done.num_resumed:,} steps were on record from an earlier run"))
     print_rows("tuned", rows)
@@ -227,6 +262,8 @@ def _facts(done: Tuned) -> dict[str, object]:
         "num_steps": done.num_steps,
         "num_resumed": done.num_resumed,
         "num_trained": done.num_trained,
+        "num_processes": done.num_processes,
+        "sharded": done.sharded,
         "num_documents": len(done.data.documents),
         "num_tokens": done.data.num_tokens,
         "num_learned": done.data.num_learned,

@@ -9,8 +9,10 @@ attention.py   attention that stays inside each document of a row
 passes.py      a row through the model: checkpointed blocks, and the loss
 loss.py        cross-entropy without the logits of a whole row
 learner.py     what is trained, its optimiser, and both as tensors
-journal.py     the state of an unfinished run
+state.py       those tensors on disk, by however many processes
+journal.py     the record of an unfinished run
 group.py       several processes, one model
+shards.py      a part of the model in each of them
 extend.py      RoPE settings into a folder
 merge.py       an adapter into dense weights
 memory.py      what a run takes on a GPU

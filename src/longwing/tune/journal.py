@@ -1,9 +1,8 @@
 """`Journal`: the state of an unfinished run, so that a stopped one goes on as if it had not been.
 
-A folder beside the target: `journal.json` says by a fingerprint which run it is of, and
-`state.safetensors` holds weights and moments after some step, which its metadata names. That file
-is replaced in one piece, so a kill at any time leaves a state that is whole. `log.jsonl` has a line
-a step, and is cut back to the state when a run goes on.
+A folder beside the target: `journal.json` says by a fingerprint which run it is of, and the files
+of `state.py` hold weights and moments after some step. `log.jsonl` has a line a step, and is cut
+back to the state when a run goes on.
 """
 
 import fcntl
@@ -15,12 +14,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from longwing.checkpoint import TensorFile, new_file, parse_object, write_tensor_file
+from longwing.checkpoint import TensorFile, new_file, parse_object
 from longwing.errors import CheckpointError
+from longwing.tune.group import Group
 from longwing.tune.learner import Learner
+from longwing.tune.state import State, commit, has_state, write_part
 
 _FACTS = "journal.json"
-_STATE = "state.safetensors"
 LOG = "log.jsonl"
 
 
@@ -72,21 +72,29 @@ class Journal:
             try:
                 yield journal
             finally:
-                if not (folder / _STATE).exists():  # finished, or failed before there was anything
+                if not has_state(folder):  # finished, or failed before there was anything
                     shutil.rmtree(folder, ignore_errors=True)
 
-    def save(self, learner: Learner, steps: int) -> None:
-        """Put the state after `steps` steps on disk."""
-        write_tensor_file(self.folder / _STATE, learner.state(), {"steps": str(steps)})
+    def save(self, learner: Learner, steps: int, group: Group) -> None:
+        """Put the state after `steps` steps on disk; every process calls it."""
+        if learner.sharded or not group.rank:
+            write_part(self.folder, learner.state(first=not group.rank), steps, group.rank)
+        if learner.sharded:
+            group.wait()  # until all parts are there
+        if not group.rank:
+            commit(self.folder, steps, group.size if learner.sharded else 1)
 
     def restore(self, learner: Learner) -> int:
         """Take up the state, if there is one; the steps it has behind it."""
-        if not (self.folder / _STATE).exists():
+        if not has_state(self.folder):
             return 0
-        file = TensorFile.open(self.folder / _STATE)
-        steps = int(file.metadata["steps"])
-        learner.restore(file.read, steps)
-        return steps
+        found = self.saved()
+        learner.restore(found)
+        return found.steps
+
+    def saved(self) -> State:
+        """What was saved last."""
+        return State.open(self.folder)
 
     def log(self, record: Mapping[str, object]) -> None:
         """Append one line to the log."""
@@ -112,13 +120,13 @@ class Journal:
 
     def _begin(self, facts: Mapping[str, object]) -> None:
         """Write down the facts, or compare them with those that are there."""
-        state = self.folder / _FACTS
+        file = self.folder / _FACTS
         wanted = {"fingerprint": _fingerprint(facts), "facts": dict(facts)}
-        if not (state.exists() and (self.folder / _STATE).exists()):
-            with new_file(state) as stream:
+        if not (file.exists() and has_state(self.folder)):
+            with new_file(file) as stream:
                 stream.write(json.dumps(wanted, indent=1, sort_keys=True).encode() + b"\n")
             return
-        found = parse_object(state.read_bytes(), _FACTS)
+        found = parse_object(file.read_bytes(), _FACTS)
         if found.get("fingerprint") == wanted["fingerprint"]:
             return
         before = found.get("facts")

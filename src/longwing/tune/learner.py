@@ -7,47 +7,67 @@ formed in bfloat16 on a GPU (`passes.py`); masters and optimiser are float32 eve
 Shape key: I in features, O out features, R rank.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Callable, Set
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from longwing.checkpoint import Checkpoint
-from longwing.errors import CheckpointError, RequestError, TuningError
+from longwing.errors import RequestError, TuningError
 from longwing.layers import Linear
-from longwing.layers.lora import AdapterChoice, LoRALinear, adaptable, wrap
-from longwing.models import Decoder, load_model
+from longwing.layers.lora import AdapterChoice, adaptable, wrap
+from longwing.models import Decoder, Filler, ModelConfig, empty_model, take_inventory, with_rope
 from longwing.rope import RopeConfig
 from longwing.tune.attention import install
+from longwing.tune.passes import Pass
+from longwing.tune.shards import as_sharded, first_row, own_rows, shard, whole
 from longwing.tune.spec import TuneSpec
+from longwing.tune.state import State
 
 BETAS = (0.9, 0.95)
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class Learner:
-    """A loaded model, made ready to be trained.
+    """A model, made ready to be trained: filled, adapted and sharded, part by part.
+
+    A part is what lies outside the blocks, then each block; so of a sharded model no more than one
+    block is ever whole on one GPU.
 
     Args:
-        model: as `load_for_tuning` gives it.
+        model: loaded, or still without storage.
         spec: the run's settings.
+        fill: gives a part its weights: "" is what lies outside the blocks, else a block by its
+            name with a dot. A loaded model needs none.
+        mesh: the processes to shard over; None keeps the model whole.
 
     Attributes:
         model: the model; its attention takes rows of documents.
+        passes: the way through it.
         trained: name -> parameter, in the model's order.
-        num_frozen: weights that are not trained, packed ones included.
+        sharded: whether this process has rows of each tensor only.
     """
 
-    def __init__(self, model: Decoder, spec: TuneSpec) -> None:
+    def __init__(
+        self,
+        model: Decoder,
+        spec: TuneSpec,
+        *,
+        fill: Callable[[str], None] = lambda _part: None,
+        mesh: DeviceMesh | None = None,
+    ) -> None:
         self.model = model
         self.spec = spec
-        self._adapted: dict[str, LoRALinear] = {}
-        if spec.full:
-            model.requires_grad_(True)
-        else:
-            self._begin_adapter()
+        self.sharded = mesh is not None
         install(model)
+        self._make_ready(fill, mesh)
+        self.passes = Pass(model)
+        if mesh is not None:
+            if not model.config.tie_embeddings:  # one that is the head too is whole until then
+                shard(model.embedding, mesh)
+            shard(self.passes, mesh, stays=True)
         self.trained: dict[str, nn.Parameter] = {
             name: parameter
             for name, parameter in model.named_parameters()
@@ -55,6 +75,7 @@ class Learner:
         }
         matrices = [p for p in self.trained.values() if p.ndim > 1]
         vectors = [p for p in self.trained.values() if p.ndim <= 1]
+        self._kinds = [kind for kind in (matrices, vectors) if kind]
         # On a GPU one kernel: the loop over lists holds a fourth copy of everything for a moment.
         self._fused = model.device.type == "cuda"
         self.optimiser = torch.optim.AdamW(
@@ -69,7 +90,7 @@ class Learner:
 
     @property
     def num_trained(self) -> int:
-        """Numbers that are trained."""
+        """Numbers that are trained, in all processes together."""
         return sum(parameter.numel() for parameter in self.trained.values())
 
     def step(self, lr: float) -> float:
@@ -78,8 +99,11 @@ class Learner:
         Raises:
             TuningError: a gradient is not finite; nothing has been changed.
         """
-        gradients = [p.grad for p in self.trained.values() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
+        norms = []
+        for kind in self._kinds:  # matrices may be sharded and vectors are not
+            gradients = [p.grad for p in kind if p.grad is not None]
+            norms.append(whole(torch.nn.utils.get_total_norm(gradients)))
+        norm = torch.linalg.vector_norm(torch.stack(norms))
         length = float(norm)
         if not length < float("inf"):  # NaN too
             raise TuningError(
@@ -87,100 +111,133 @@ class Learner:
                 f"with a lower --lr than {self.spec.peak_lr:g}, or a longer --warmup"
             )
         if self.spec.clip:
-            torch.nn.utils.clip_grads_with_norm_(self.trained.values(), self.spec.clip, norm)
+            for kind in self._kinds:
+                torch.nn.utils.clip_grads_with_norm_(kind, self.spec.clip, norm)
         for group in self.optimiser.param_groups:
             group["lr"] = lr
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
         return length
 
-    def state(self) -> dict[str, Tensor]:
-        """Weights and the optimiser's moments, on the CPU: all that a later run goes on from."""
+    @property
+    def replicated(self) -> list[nn.Parameter]:
+        """What is trained and whole in every process: its gradients must be added up."""
+        return [p for p in self.trained.values() if as_sharded(p) is None]
+
+    def state(self, *, first: bool) -> dict[str, Tensor]:
+        """This process's rows of weights and moments, all that a later run goes on from.
+
+        They lie where they are used, and change with the next step.
+
+        Args:
+            first: whether this is the process that has what is not sharded, too.
+        """
         tensors = {}
         for name, parameter in self.trained.items():
-            tensors[f"weight.{name}"] = parameter.detach().cpu()
+            if not first and as_sharded(parameter) is None:
+                continue
+            tensors[f"weight.{name}"] = own_rows(parameter.detach())
             moments = self.optimiser.state.get(parameter, {})
             for moment in _MOMENTS:
                 if moment in moments:
-                    tensors[f"{moment}.{name}"] = moments[moment].cpu()
+                    tensors[f"{moment}.{name}"] = own_rows(moments[moment])
         return tensors
 
-    def restore(self, read: Callable[[str], Tensor], steps: int) -> None:
-        """Take up a state.
+    @torch.no_grad()
+    def restore(self, state: State) -> None:
+        """Take up a state, this process's rows of it; steps count on from it."""
+        for name, parameter in self.trained.items():
+            moments = {moment: torch.empty_like(parameter) for moment in _MOMENTS}
+            for kind, tensor in {"weight": parameter, **moments}.items():
+                rows = own_rows(tensor)
+                rows.copy_(state.read(f"{kind}.{name}", first_row(tensor), len(rows)))
+            where = parameter.device if self._fused else torch.device("cpu")
+            step = torch.tensor(float(state.steps), device=where)
+            self.optimiser.state[parameter] = {"step": step, **moments}
 
-        Args:
-            read: a tensor of `state` by its name.
-            steps: optimiser steps that had been taken.
-        """
-        with torch.no_grad():
-            for name, parameter in self.trained.items():
-                parameter.copy_(read(f"weight.{name}"))
-                if steps:
-                    where = parameter.device
-                    self.optimiser.state[parameter] = {
-                        "step": torch.tensor(float(steps), device=where if self._fused else "cpu"),
-                        **{m: read(f"{m}.{name}").to(where) for m in _MOMENTS},
-                    }
-
-    def adapter(self) -> Mapping[str, tuple[Tensor, Tensor]]:
-        """Layer name -> (A_RI, B_OR) of the adapter, on the CPU."""
-        return {
-            name: (layer.A_RI.detach().cpu(), layer.B_OR.detach().cpu())
-            for name, layer in self._adapted.items()
-        }
-
-    @property
-    def target_names(self) -> tuple[str, ...]:
-        """Last parts of the adapted layers' names."""
-        return tuple(sorted({name.rpartition(".")[2] for name in self._adapted}))
-
-    def _begin_adapter(self) -> None:
-        """Wrap what is adapted, and every packed linear, through which gradients must pass."""
+    def _make_ready(self, fill: Callable[[str], None], mesh: DeviceMesh | None) -> None:
+        """Every part in turn; what lies outside the blocks comes first."""
         model, spec, choice = self.model, self.spec, AdapterChoice()
-        model.requires_grad_(False)
         generator = torch.Generator().manual_seed(spec.seed)
         chosen = set(target_layers(model, spec.targets))
-        for name, linear in list(adaptable(model)):
+        fill("")
+        model.requires_grad_(spec.full)
+        for number, block in enumerate(model.blocks):
+            part = f"{model.BLOCKS}.{number}."
+            fill(part)
+            block.requires_grad_(spec.full)
+            if not spec.full:
+                self._adapt(part, chosen, choice, generator)
+            if mesh is not None:
+                shard(block, mesh)
+
+    def _adapt(
+        self, part: str, chosen: Set[str], choice: AdapterChoice, generator: torch.Generator
+    ) -> None:
+        """Wrap what is adapted, and every packed linear, through which gradients must pass."""
+        spec = self.spec
+        for name, linear in list(adaptable(self.model)):
+            if not name.startswith(part):
+                continue
             if name in chosen:
-                layer = wrap(model, name, choice)
+                layer = wrap(self.model, name, choice)
                 layer.begin(spec.rank, spec.alpha / spec.rank, generator)
                 layer.A_RI.requires_grad_(True)
                 layer.B_OR.requires_grad_(True)
-                self._adapted[name] = layer
-            elif isinstance(linear, Linear) and linear.bits and linear is not model.lm_head:
-                wrap(model, name, choice)
+            elif isinstance(linear, Linear) and linear.bits:
+                wrap(self.model, name, choice)
 
 
-def load_for_tuning(
+def load_learner(
     checkpoint: Checkpoint,
     spec: TuneSpec,
     *,
     device: torch.device,
     context: int,
     rope: RopeConfig | None,
+    mesh: DeviceMesh | None = None,
     progress: Callable[[int, int], None] | None = None,
-) -> Decoder:
-    """The model in the number types it is tuned in.
+) -> Learner:
+    """A folder's model in the number types it is tuned in, ready to be trained.
+
+    Args:
+        checkpoint: the folder.
+        spec: the run's settings.
+        device: where this process computes.
+        context: longest document, in tokens.
+        rope: the RoPE settings to tune under; None for ALiBi.
+        mesh: the processes to shard over; None keeps the model whole.
+        progress: called with (bytes read, bytes in all).
 
     Raises:
-        CheckpointError: the folder cannot be used; or all weights of a packed one are asked for.
+        CheckpointError: the folder cannot be used.
     """
-    if spec.full and checkpoint.quant is not None:
-        raise CheckpointError(
-            f"is {checkpoint.quant.bits}-bit GPTQ, whose packed weights cannot be trained",
-            file=str(checkpoint.path),
-            remedy="leave out --full to tune an adapter on it, or start from the dense model",
-        )
-    on_cpu = device.type == "cpu"
-    return load_model(
-        Path(checkpoint.path),
+    config = ModelConfig.from_hf(checkpoint.config)
+    model = empty_model(config if rope is None else with_rope(config, rope), context)
+    inventory = take_inventory(model, checkpoint)
+    if inventory.problems:
+        raise inventory.problems[0]
+    filler = Filler(
+        model=model,
+        checkpoint=checkpoint,
         device=device,
-        dtype=torch.float32 if spec.full or on_cpu else torch.bfloat16,
-        context=context,
-        rope=rope,
+        dtype=torch.float32 if spec.full or device.type == "cpu" else torch.bfloat16,
         unpack=False,
         progress=progress,
     )
+    blocks = f"{model.BLOCKS}."
+    outside = replace(
+        inventory,
+        dense={own: name for own, name in inventory.dense.items() if not own.startswith(blocks)},
+        packed=[name for name in inventory.packed if not name.startswith(blocks)],
+    )
+
+    def fill(part: str) -> None:
+        filler.fill(inventory if part else outside, part)
+
+    learner = Learner(model.eval(), spec, fill=fill, mesh=mesh)
+    model.place_tables(device)
+    return learner
 
 
 def target_layers(model: Decoder, targets: tuple[str, ...]) -> list[str]:
@@ -195,25 +252,3 @@ def target_layers(model: Decoder, targets: tuple[str, ...]) -> list[str]:
         if target not in known:
             raise RequestError(f'target "{target}" is no layer of this model: {", ".join(known)}')
     return [name for name in in_blocks if not targets or name.rpartition(".")[2] in targets]
-
-
-def dense_tensors(
-    model: Decoder, checkpoint: Checkpoint, names: Mapping[str, str]
-) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of a checkpoint with the model's numbers, in the checkpoint's types and order.
-
-    Args:
-        model: trained in full.
-        checkpoint: what it was loaded from.
-        names: model tensor -> checkpoint tensor (`Inventory.dense`).
-    """
-    own = {theirs: ours for ours, theirs in names.items()}
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    for name, info in checkpoint.tensors.items():
-        if name not in own:  # tables that are computed here
-            yield name, checkpoint.read(name)
-            continue
-        tensor = parameters[own[name]].detach().to(info.dtype).cpu()
-        if not bool(torch.isfinite(tensor).all()):
-            raise TuningError(f"{name} does not fit {info.dtype}, in which it was stored")
-        yield name, tensor.contiguous()

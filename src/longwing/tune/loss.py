@@ -66,7 +66,7 @@ class _CrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         wants_hidden, wants_head = ctx.needs_input_grad[:2]
         grad_TD = torch.empty_like(hidden_TD) if wants_hidden else None
-        grad_VD = torch.zeros_like(head_VD) if wants_head else None
+        grad_VD = torch.zeros_like(head_VD, dtype=torch.float32) if wants_head else None
         total = torch.zeros((), dtype=torch.float32, device=hidden_TD.device)
         with torch.autocast(hidden_TD.device.type, enabled=False):
             cast_VD = head_VD.to(dtype)
@@ -91,6 +91,7 @@ class _CrossEntropy(torch.autograd.Function):
                 if grad_VD is not None:
                     grad_VD += slope_CV.T @ hidden_CD
         ctx.save_for_backward(grad_TD, grad_VD)
+        ctx.head_dtype = head_VD.dtype
         return total
 
     @staticmethod
@@ -98,6 +99,6 @@ class _CrossEntropy(torch.autograd.Function):
         grad_TD, grad_VD = ctx.saved_tensors
         return (
             None if grad_TD is None else grad_TD * grad.to(grad_TD.dtype),
-            None if grad_VD is None else grad_VD * grad.to(grad_VD.dtype),
+            None if grad_VD is None else (grad_VD * grad).to(ctx.head_dtype),
             *(None,) * 5,
         )

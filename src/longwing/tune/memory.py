@@ -7,6 +7,9 @@ Held against an H200 (torch 2.11; Falcon-7B, and four layers of Falcon and Llama
 rows of 4K to 64K): without CUDA's own part from 5% below to 12% above the allocator's peak, and the
 shortfall, tens of MB, is within that part.
 
+Sharded over several GPUs (`shards.py`), weights and what trains them are divided, and what is
+gathered comes on top; that part follows from what FSDP2 keeps, and was not measured yet.
+
 Letters: L blocks, T tokens of a row, D model dim, F MLP dim, Q query heads * head dim, V
 vocabulary, P numbers that are trained.
 """
@@ -15,6 +18,7 @@ from dataclasses import asdict, dataclass
 
 from longwing.checkpoint import QuantConfig
 from longwing.errors import CapacityError
+from longwing.layers import Linear
 from longwing.layers.lora import adaptable
 from longwing.models import Decoder, ModelConfig, empty_model
 from longwing.plan import RUNTIME_BYTES, format_size
@@ -34,6 +38,7 @@ class TuneMemory:
             number itself too.
         kept: each block's input, L * T * D.
         work: the one block that goes back, or the loss: whichever takes more.
+        gathered: sharded: what is whole for a moment, of all weights, and its gradient.
         runtime: of a CUDA process beside its tensors.
     """
 
@@ -41,6 +46,7 @@ class TuneMemory:
     training: int
     kept: int
     work: int
+    gathered: int = 0
     runtime: int = RUNTIME_BYTES
 
     @property
@@ -50,32 +56,40 @@ class TuneMemory:
 
 
 def memory_of(
-    config: ModelConfig, quant: QuantConfig | None, spec: TuneSpec, row_len: int
+    config: ModelConfig,
+    quant: QuantConfig | None,
+    spec: TuneSpec,
+    row_len: int,
+    num_shards: int = 1,
 ) -> TuneMemory:
-    """What a run on a GPU takes; allocates nothing.
+    """What a run takes on each GPU; allocates nothing.
 
     Args:
         config: the model.
         quant: how it is packed; None if it is dense.
         spec: the run's settings.
         row_len: tokens of a row.
+        num_shards: GPUs that the model is sharded over; 1 is whole.
     """
     model = empty_model(config)
     dense_bytes = 4 if spec.full else 2
     weights = weight_bytes(model, quant, dense_bytes, dense_bytes)
     T, D = row_len, config.hidden_size
+    whole = weights.packed + weights.g_idx  # buffers are not sharded
+    training = num_trained(model, spec) * (12 if spec.full else 16)
     return TuneMemory(
-        weights=weights.total,
-        training=num_trained(model, spec) * (12 if spec.full else 16),
+        weights=whole + -(-(weights.total - whole) // num_shards),
+        training=-(-training // num_shards),
         kept=config.num_layers * T * D * dense_bytes,
         work=max(
             _block_bytes(config, T) + (0 if quant is None else _dense_bytes(model)),
             _loss_bytes(config, T, full=spec.full),
         ),
+        gathered=_gathered_bytes(model, quant, spec) if num_shards > 1 else 0,
     )
 
 
-def require_room(memory: TuneMemory, free: int) -> None:
+def require_room(memory: TuneMemory, free: int, num_shards: int = 1) -> None:
     """Refuse a run that a GPU certainly has no room for.
 
     Only what is there for the whole run is held against it; the rest is an estimate, and running
@@ -84,6 +98,7 @@ def require_room(memory: TuneMemory, free: int) -> None:
     Args:
         memory: the run's.
         free: bytes of the GPU that nobody has.
+        num_shards: GPUs that the model is sharded over.
 
     Raises:
         CapacityError: says by how much, and what would help.
@@ -91,10 +106,12 @@ def require_room(memory: TuneMemory, free: int) -> None:
     need = memory.weights + memory.training + memory.kept
     if need <= free:
         return
+    each = f"on each of {num_shards} GPUs " if num_shards > 1 else ""
+    more = "more GPUs" if num_shards > 1 else "several GPUs that share the model (torchrun)"
     raise CapacityError(
-        f"tuning needs {format_size(need)} for weights, what trains them and the inputs of blocks, "
-        f"and {format_size(free)} are free; give a shorter --context or --row, an adapter instead "
-        "of --full, or a packed model"
+        f"tuning needs {format_size(need)} {each}for weights, what trains them and the inputs of "
+        f"blocks, and {format_size(free)} are free; give a shorter --context or --row, an adapter "
+        f"instead of --full, a packed model, or {more}"
     )
 
 
@@ -117,6 +134,23 @@ def _loss_bytes(config: ModelConfig, tokens: int, *, full: bool) -> int:
     V, D = config.vocab_size, config.hidden_size
     chunk = 3 * min(CHUNK_BYTES, 4 * tokens * V)
     return chunk + 16 * tokens * D + (2 * V * D if full else 0)
+
+
+def _gathered_bytes(model: Decoder, quant: QuantConfig | None, spec: TuneSpec) -> int:
+    """Of a block in 16 bits: as it is used, as it arrives and as it is unpacked for the next.
+
+    With `full` its gradient in 16 bits and, to be added up, in float32. Beside it the head, which
+    stays from the beginning to the end; with `full` its gradient too.
+    """
+    block = next(iter(model.blocks))
+    numbers = sum(parameter.numel() for parameter in block.parameters())
+    if quant is not None:
+        packed = (m for m in block.modules() if isinstance(m, Linear))
+        numbers -= sum(m.in_features * m.out_features for m in packed)
+    if not spec.full:
+        numbers += num_trained(model, spec) // len(model.blocks)
+    head = model.lm_head.in_features * model.lm_head.out_features
+    return numbers * (12 if spec.full else 6) + head * (8 if spec.full else 2)
 
 
 def _dense_bytes(model: Decoder) -> int:

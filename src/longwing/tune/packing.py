@@ -41,6 +41,15 @@ class Row:
     lengths: tuple[int, ...]
 
 
+NOTHING = Row(
+    tokens_T=torch.zeros(1, dtype=torch.int64),
+    targets_T=torch.zeros(1, dtype=torch.int64),
+    weights_T=torch.zeros(1),
+    lengths=(1,),
+)
+"""A row that teaches nothing: for a process that has one row less than others, and keeps step."""
+
+
 def pack(lengths: Sequence[int], row_len: int) -> list[list[int]]:
     """Which documents share a row: lists of indices, by best fit, longest first.
 

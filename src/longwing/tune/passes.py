@@ -6,10 +6,8 @@ The one idea: of each block only its input is kept; on the way back the block ru
 memory is one hidden state a block plus all of one block, for a third more arithmetic.
 """
 
-from dataclasses import dataclass
-
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from longwing.kernels import dequantize
@@ -20,26 +18,31 @@ from longwing.tune.loss import cross_entropy
 from longwing.tune.packing import Row
 
 
-@dataclass(frozen=True, kw_only=True)
-class Pass:
-    """How a model is gone through; on a GPU products are formed in bfloat16.
+class Pass(nn.Module):
+    """How a model is gone through: a row in, its loss out. On a GPU products are in bfloat16.
+
+    A module round the model, because what is sharded is gathered where a module is called.
+
+    Args:
+        model: prepared with `attention.install`, and not yet sharded.
 
     Attributes:
-        model: prepared with `attention.install`.
+        model: the same.
+        dtype: number type of products: bfloat16 on a GPU, the weights' own on a CPU.
     """
 
-    model: Decoder
+    def __init__(self, model: Decoder) -> None:
+        super().__init__()
+        self.model = model
+        self.dtype = torch.bfloat16 if model.device.type == "cuda" else model.dtype
+        self._hidden_dtype = model.dtype
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """Number type of products: bfloat16 on a GPU, the weights' own on a CPU."""
-        return torch.bfloat16 if self.model.device.type == "cuda" else self.model.dtype
-
-    def loss(self, row: Row) -> Tensor:
+    def forward(self, row: Row) -> Tensor:
         """Sum over the row of each token's weighted loss, float32, with a way back."""
         device = self.model.device
-        autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
-        with autocast:
+        on_gpu = device.type == "cuda"
+        # Each weight is used once a pass: remembering its copy would only keep all of them.
+        with torch.autocast(device.type, torch.bfloat16, enabled=on_gpu, cache_enabled=False):
             hidden_TD = self._hidden(row, device)
         head = self.model.lm_head
         return cross_entropy(
@@ -54,7 +57,8 @@ class Pass:
     def _hidden(self, row: Row, device: torch.device) -> Tensor:
         """(T, D) after the final norm."""
         borders = Borders.of(row.lengths, device)
-        hidden_TD = self.model.embedding(row.tokens_T.to(device))
+        # A sharded embedding comes in the type that it was gathered in.
+        hidden_TD = self.model.embedding(row.tokens_T.to(device)).to(self._hidden_dtype)
         rotation = rotation_of(self.model, row.lengths)
         for block in self.model.blocks:
             hidden_TD = checkpoint(

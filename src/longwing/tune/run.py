@@ -10,14 +10,14 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import torch
+from torch import Tensor
 
 from longwing.errors import TuningError
 from longwing.models.memory import out_of_memory
 from longwing.tune.group import Group
 from longwing.tune.journal import Journal
 from longwing.tune.learner import Learner
-from longwing.tune.packing import Schedule
-from longwing.tune.passes import Pass
+from longwing.tune.packing import NOTHING, Schedule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +86,7 @@ class Run:
         self.group = group
         self.should_stop = should_stop
         self.on_step = on_step
-        self.passes = Pass(model=learner.model)
+        self.passes = learner.passes
         self.num_resumed = 0
 
     def go(self, journal: Journal) -> int:
@@ -117,28 +117,27 @@ class Run:
             if first:
                 journal.log(asdict(step))
                 self.on_step(step)
-            if first and due:
-                journal.save(self.learner, done)
+            if due:
+                journal.save(self.learner, done, self.group)
                 saved = done
-        if first and done > saved:
-            journal.save(self.learner, done)
+        if done > saved:
+            journal.save(self.learner, done, self.group)
         self.group.wait()
         return done
 
     def _step(self, index: int) -> _Taken | None:
         """One step; None if it was stopped, with nothing changed."""
-        device = self.learner.model.device
-        if self.group.any(self.should_stop(), device):
+        if self.group.any(self.should_stop()):
             return None
         rows = [self.schedule.row(chosen) for chosen in self.schedule.rows_of(index)]
         weight = float(sum(row.weights_T.sum(dtype=torch.float64) for row in rows))
-        total = torch.zeros((), device=device)
-        for row in self.group.share(rows):
+        total = torch.zeros((), device=self.group.device)
+        for row in self.group.share(rows, NOTHING):
             if self.group.size == 1 and self.should_stop():
                 self.learner.optimiser.zero_grad(set_to_none=True)
                 return None
             with out_of_memory(f"tuning on a row of {len(row.tokens_T):,} tokens"):
-                loss = self.passes.loss(row) / weight
+                loss: Tensor = self.passes(row) / weight
                 loss.backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
         mean = float(self.group.total(total))
@@ -147,7 +146,7 @@ class Run:
                 f"the loss of step {index + 1} is {mean}: the run has left the rails; go on from "
                 f"the last save with a lower --lr than {self.learner.spec.peak_lr:g}"
             )
-        self.group.add_gradients(self.learner.trained.values())
+        self.group.add_gradients(self.learner.replicated)  # others' are, on the way back
         gradient = self.learner.step(self._lr(index))
         num_tokens = sum(len(row.tokens_T) for row in rows)
         return _Taken(loss=mean, gradient=gradient, tokens=num_tokens)
@@ -157,12 +156,12 @@ class Run:
         """Mean loss over the held-out data; None without."""
         if self.judge is None:
             return None
-        total = torch.zeros(2, dtype=torch.float64, device=self.learner.model.device)
+        total = torch.zeros(2, dtype=torch.float64, device=self.group.device)
         judge = self.judge
         chosen = [row for number in range(judge.num_steps) for row in judge.rows_of(number)]
-        for indices in self.group.share(chosen):
-            row = judge.row(indices)
-            total[0] += self.passes.loss(row)
+        for indices in self.group.share(chosen, []):
+            row = judge.row(indices) if indices else NOTHING
+            total[0] += self.passes(row)
             total[1] += float(row.weights_T.sum(dtype=torch.float64))
         loss, weight = self.group.total(total).tolist()
         return float(loss / weight)

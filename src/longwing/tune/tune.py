@@ -2,31 +2,40 @@
 
 What can be refused is refused before the weights are read: settings, RoPE, then every record. Then
 step after step, on record now and then; then the folder. A run that was stopped goes on where it
-stood when it is asked for again in the same words, and ends in the same numbers.
+stood when it is asked for again in the same words, and ends in the same numbers; with as many
+processes as then, or another number of them.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Literal
 
 import torch
 
 from longwing.checkpoint import Checkpoint
-from longwing.errors import CheckpointError
+from longwing.errors import CheckpointError, RequestError, TuningError
 from longwing.models import ModelConfig, empty_model, find_device, take_inventory, with_rope
 from longwing.models.memory import out_of_memory
 from longwing.rope.extension import tuned as tuned_rope
 from longwing.tokenizer import Tokenizer
-from longwing.tune.group import Group
+from longwing.tune.group import FailedElsewhereError, Group
 from longwing.tune.journal import Journal, journal_folder, weights_fingerprint
-from longwing.tune.learner import Learner, load_for_tuning, target_layers
+from longwing.tune.learner import load_learner, target_layers
 from longwing.tune.memory import TuneMemory, memory_of, require_room
 from longwing.tune.packing import Schedule
 from longwing.tune.records import Encoder, TrainingData, read_data
 from longwing.tune.result import write_result
 from longwing.tune.run import Run, Step
 from longwing.tune.spec import TuneSpec
+
+ShardWhen = Literal["auto", "always", "never"]
+"""Whether several GPUs hold a part of the model each; auto: where it does not fit one."""
+
+SHARDED = (2, 4, 8)
+"""Numbers of GPUs that a plan is made for, beside one."""
 
 Tell = Callable[[str, int, int], None]
 """Called with (what is being done, done, in all)."""
@@ -44,7 +53,8 @@ class Tuned:
         num_trained: numbers that are trained.
         losses: of every step on record.
         data: what it was tuned on.
-        speaks: whether this process is the one of its group that writes and says what was done.
+        num_processes: that took part.
+        sharded: whether each held a part of the model.
     """
 
     folder: Path | None
@@ -54,7 +64,8 @@ class Tuned:
     num_trained: int
     losses: tuple[float, ...]
     data: TrainingData
-    speaks: bool = True
+    num_processes: int = 1
+    sharded: bool = False
 
 
 def tune(
@@ -69,12 +80,16 @@ def tune(
     skip_long: bool = False,
     held_out: Sequence[Path] = (),
     device: torch.device | str = "auto",
+    shard: ShardWhen = "auto",
     restart: bool = False,
     should_stop: Callable[[], bool] = lambda: False,
     tell: Tell | None = None,
     on_step: Callable[[Step], None] = lambda _step: None,
 ) -> Tuned:
     """Tune a model on documents.
+
+    In a process that torchrun started this is one of several calls that work together; the first
+    process writes. `Group.leave` comes after the last call.
 
     Args:
         source: a model folder; GPTQ for an adapter only.
@@ -86,7 +101,8 @@ def tune(
         template: of records with a prompt: auto, plain or a name.
         skip_long: leave out records longer than the context.
         held_out: data that is not trained on; its loss is measured at every save, and at the end.
-        device: where to compute.
+        device: where to compute; "cuda" with several processes gives each a GPU.
+        shard: whether several processes share the weights. The result does not depend on it.
         restart: forget what a stopped run has done.
         should_stop: asked between two rows; once it says yes the state is saved, and this returns.
         tell: told how far reading and loading are.
@@ -96,87 +112,120 @@ def tune(
         TuningError: the data cannot be used, or numbers ceased to be finite.
         CheckpointError, ConfigError: the model, the settings or the target cannot be used.
         CapacityError: the device has too little memory.
+        RequestError: to be sharded, and there is one process.
+        FailedElsewhereError: another process of the group failed.
     """
-    group = Group()
-    where = group.device(find_device(device))
+    group = Group(find_device(device))
     if tell is None or group.rank:
         tell = _silent
-    checkpoint, config = _checked(source, target, spec)
-    context = context or config.context
-    rope_config = tuned_rope(config.rope, context, rope)
-    if rope_config is not None:
-        config = with_rope(config, rope_config)
-    tokenizer = Tokenizer.from_folder(source)
-    encoder = Encoder(tokenizer, context, template, ends=config.eos_ids)
+    with group.agreed():
+        checkpoint, config = _checked(source, target, spec)
+        context = context or config.context
+        rope_config = tuned_rope(config.rope, context, rope)
+        if rope_config is not None:
+            config = with_rope(config, rope_config)
+        if shard == "always" and group.size == 1:
+            raise RequestError(
+                "shard is always, and there is 1 process to share the model; start several with "
+                "torchrun --nproc-per-node N -m longwing tune …"
+            )
+        tokenizer = Tokenizer.from_folder(source)
+        encoder = Encoder(tokenizer, context, template, ends=config.eos_ids)
 
-    def read(some: Sequence[Path]) -> TrainingData:
-        return read_data(
-            some,
-            encoder,
-            vocab_size=config.vocab_size,
-            prompt_weight=spec.prompt_weight,
-            skip_long=skip_long,
-            progress=lambda done, total: tell("reading the data", done, total),
-        )
+        def read(some: Sequence[Path]) -> TrainingData:
+            return read_data(
+                some,
+                encoder,
+                vocab_size=config.vocab_size,
+                prompt_weight=spec.prompt_weight,
+                skip_long=skip_long,
+                progress=lambda done, total: tell("reading the data", done, total),
+            )
 
-    data, held = read(files), read(held_out) if held_out else None
-    row_len = spec.row or context
-    schedule, judge = _schedules(data, held, spec, row_len)
-    if where.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(where)
-        require_room(memory_of(config, checkpoint.quant, spec, row_len), free)
-    facts = _facts(checkpoint, config, data, spec, context, where)
+        data, held = read(files), read(held_out) if held_out else None
+        row_len = spec.row or context
+        schedule, judge = _schedules(data, held, spec, row_len)
+        facts = _facts(checkpoint, config, data, spec, context, group.device)
 
-    def begin() -> Run:
-        with out_of_memory(f"loading {source.name} for tuning"):
-            model = load_for_tuning(
+    def needs(num_shards: int) -> TuneMemory:
+        return memory_of(config, checkpoint.quant, spec, row_len, num_shards)
+
+    sharded = _is_sharded(shard, group, needs)
+    with ExitStack() as stack:
+        with group.agreed():
+            if group.device.type == "cuda":
+                num_shards = group.size if sharded else 1
+                require_room(needs(num_shards), _free_bytes(group.device), num_shards)
+            journal = Journal(journal_folder(target))
+            if not group.rank:
+                journal = stack.enter_context(Journal.opened(target, facts, restart=restart))
+        mesh = group.mesh() if sharded else None
+        with group.agreed(), out_of_memory(f"loading {source.name} for tuning"):
+            learner = load_learner(
                 checkpoint,
                 spec,
-                device=where,
+                device=group.device,
                 context=context,
                 rope=rope_config,
+                mesh=mesh,
                 progress=lambda done, total: tell("loading the model", done, total),
             )
-            learner = Learner(model, spec)
-        return Run(learner, schedule, judge, group, should_stop, on_step)
-
-    if group.rank:
-        group.wait()  # the first has made the journal by then
-        run = begin()
-        steps = run.go(Journal(journal_folder(target)))
-        group.leave()
-        return _outcome(run, steps, target, data, [])
-    with Journal.opened(target, facts, restart=restart) as journal:
-        group.wait()
-        run = begin()
-        steps = run.go(journal)
-        group.leave()
-        losses = [float(record["loss"]) for record in journal.records()]
-        if steps == schedule.num_steps:
-            tell("writing", 0, 1)
-            write_result(target, checkpoint, config, run.learner, facts, journal)
-            journal.remove()
-            tell("writing", 1, 1)
-        return _outcome(run, steps, target, data, losses)
+        run = Run(learner, schedule, judge, group, should_stop, on_step)
+        try:
+            steps = run.go(journal)
+        except TuningError as error:  # numbers that all have added up, so it ends all alike
+            if group.rank:
+                raise FailedElsewhereError(0) from error
+            raise
+        losses: list[float] = []
+        with group.agreed():
+            if not group.rank:
+                losses = [float(record["loss"]) for record in journal.records()]
+            if not group.rank and steps == schedule.num_steps:
+                tell("writing", 0, 1)
+                write_result(target, checkpoint, config, spec, facts, journal)
+                journal.remove()
+                tell("writing", 1, 1)
+    return Tuned(
+        folder=target if steps == schedule.num_steps else None,
+        steps=steps,
+        num_steps=schedule.num_steps,
+        num_resumed=run.num_resumed,
+        num_trained=learner.num_trained,
+        losses=tuple(losses[:steps]),
+        data=data,
+        num_processes=group.size,
+        sharded=sharded,
+    )
 
 
 def plan_memory(
     source: Path, spec: TuneSpec, *, context: int | None = None
-) -> tuple[TuneMemory, int]:
-    """What a run on a GPU would take, and the tokens of its rows; reads settings alone.
+) -> tuple[dict[int, TuneMemory], int]:
+    """What a run on GPUs would take on each, and the tokens of its rows; reads settings alone.
+
+    Returns:
+        Number of GPUs that share the model -> bytes on each of them, 1 being the whole model; and
+        the tokens.
 
     Raises:
         CheckpointError, ConfigError: the model cannot be used.
     """
     checkpoint = Checkpoint.open(source)
+    _check_trainable(checkpoint, spec)
     config = ModelConfig.from_hf(checkpoint.config)
     row_len = spec.row or context or config.context
-    return memory_of(config, checkpoint.quant, spec, row_len), row_len
+    plans = {
+        number: memory_of(config, checkpoint.quant, spec, row_len, number)
+        for number in (1, *SHARDED)
+    }
+    return plans, row_len
 
 
 def _checked(source: Path, target: Path, spec: TuneSpec) -> tuple[Checkpoint, ModelConfig]:
     """Open a model that can be tuned into a target that can be made."""
     checkpoint = Checkpoint.open(source)
+    _check_trainable(checkpoint, spec)
     config = ModelConfig.from_hf(checkpoint.config)
     if target.exists():
         raise CheckpointError("exists already", file=str(target), remedy="choose another name")
@@ -186,6 +235,34 @@ def _checked(source: Path, target: Path, spec: TuneSpec) -> tuple[Checkpoint, Mo
         raise inventory.problems[0]
     target_layers(model, spec.targets)
     return checkpoint, config
+
+
+def _check_trainable(checkpoint: Checkpoint, spec: TuneSpec) -> None:
+    if spec.full and checkpoint.quant is not None:
+        raise CheckpointError(
+            f"is {checkpoint.quant.bits}-bit GPTQ, whose packed weights cannot be trained",
+            file=str(checkpoint.path),
+            remedy="leave out --full to tune an adapter on it, or start from the dense model",
+        )
+
+
+def _is_sharded(when: ShardWhen, group: Group, needs: Callable[[int], TuneMemory]) -> bool:
+    """Whether the group shards its model: all answer alike.
+
+    Args:
+        when: what was asked for.
+        group: the processes.
+        needs: number of GPUs that share the model -> what each needs.
+    """
+    if when != "auto" or group.size == 1 or group.device.type != "cuda":
+        return when == "always"
+    return group.any(needs(1).total > _free_bytes(group.device))
+
+
+def _free_bytes(device: torch.device) -> int:
+    """What nobody has of a GPU's memory."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return free
 
 
 def _schedules(
@@ -233,18 +310,3 @@ def _facts(
         "longwing": version("longwing"),
         "torch": torch.__version__.split("+")[0],
     }
-
-
-def _outcome(
-    run: Run, steps: int, target: Path, data: TrainingData, losses: Sequence[float]
-) -> Tuned:
-    return Tuned(
-        folder=target if steps == run.schedule.num_steps else None,
-        steps=steps,
-        num_steps=run.schedule.num_steps,
-        num_resumed=run.num_resumed,
-        num_trained=run.learner.num_trained,
-        losses=tuple(losses[:steps]),
-        data=data,
-        speaks=run.group.rank == 0,
-    )
