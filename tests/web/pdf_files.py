@@ -1,5 +1,6 @@
 """PDF files by hand: as plain as they come, and as hostile as they get."""
 
+import re
 import zlib
 from collections.abc import Sequence
 
@@ -24,9 +25,13 @@ def stream(content: bytes, more: bytes = b"") -> bytes:
 
 
 def text_pdf(pages: Sequence[str]) -> bytes:
-    """A file with a line of text on each page."""
-    shown = [b"BT /F1 12 Tf 72 720 Td (%s) Tj ET" % text.encode("ascii") for text in pages]
-    return pdf_with([stream(content) for content in shown])
+    """A file with some lines of text on each page."""
+    return pdf_with([stream(_written(text.encode("ascii").split(b"\n"))) for text in pages])
+
+
+def _written(lines: Sequence[bytes]) -> bytes:
+    escaped = (re.sub(rb"([\\()])", rb"\\\1", line) for line in lines)
+    return b"BT /F1 12 Tf 14 TL 72 720 Td %s ET" % b" T* ".join(b"(%s) Tj" % one for one in escaped)
 
 
 def pdf_with(contents: Sequence[bytes], kids: bytes | None = None) -> bytes:
@@ -72,6 +77,11 @@ def deep() -> bytes:
 
 
 def slow(num_operators: int) -> bytes:
-    """A page that takes long to walk through."""
+    """A page that takes long to walk through, alone."""
+    return pdf_with([slow_page(num_operators)])
+
+
+def slow_page(num_operators: int) -> bytes:
+    """Its content."""
     content = zlib.compress(b"BT /F1 1 Tf " + b"(a)Tj T* " * num_operators + b"ET", 9)
-    return pdf_with([stream(content, b"/Filter /FlateDecode")])
+    return stream(content, b"/Filter /FlateDecode")

@@ -1,16 +1,32 @@
 """Documents: text of every kind, and files that are made to do harm."""
 
 import asyncio
+import json
+import random
+import signal
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from pdf_files import bomb, deep, endless_pages, endless_xref, pdf_with, slow, stream, text_pdf
+from pdf_files import (
+    bomb,
+    deep,
+    endless_pages,
+    endless_xref,
+    pdf_with,
+    slow,
+    slow_page,
+    stream,
+    text_pdf,
+)
 from web_site import Site
 
+from longwing import tiny
+from longwing.tokenizer import Tokenizer
 from longwing.web import documents, reader
 from longwing.web.reader import decode, read_html
+from longwing.web.token_counter import TokenCounter
 
 FILE = {"content-type": "application/octet-stream"}
 
@@ -24,10 +40,22 @@ def send(site: Site, name: str, content: bytes) -> httpx.Response:
     return site.ask(f"/ui/api/documents?name={name}", method="POST", content=content, headers=FILE)
 
 
-def said(site: Site, name: str, content: bytes) -> Any:
-    answer = send(site, name, content)
+def events(answer: httpx.Response) -> list[Any]:
     assert answer.status_code == 200, answer.text
-    return answer.json()
+    return [json.loads(line[5:]) for line in answer.text.split("\n") if line.startswith("data:")]
+
+
+def said(site: Site, name: str, content: bytes) -> Any:
+    """What there is to say of the document, and its text."""
+    *pieces, last = events(send(site, name, content))
+    return {**last["document"], "text": "".join(piece["text"] for piece in pieces)}
+
+
+def refusal(answer: httpx.Response) -> str:
+    """Why it was refused: at once, or after some pieces."""
+    last = events(answer)[-1] if answer.status_code == 200 else answer.json()
+    assert last["error_type"] == "validation"
+    return str(last["error"])
 
 
 @pytest.mark.parametrize(
@@ -38,6 +66,46 @@ def test_text_is_text_with_plain_line_ends(site: Site, name: str, kind: str) -> 
     assert (found["kind"], found["text"]) == (kind, "Hello\nworld[31m\n")
     assert (found["characters"], found["tokens"]) == (16, 16)  # a token a byte
     assert (found["pages"], found["page_starts"], found["warnings"]) == (None, None, [])
+
+
+def test_tokens_are_counted_while_the_document_is_read(site: Site) -> None:
+    content = b"The river rose. " * 2000
+    *pieces, last = events(send(site, "a.txt", content))
+    counts = [piece["tokens"] for piece in pieces]
+    assert len(counts) > 2
+    assert counts == sorted(set(counts))
+    assert counts[0] == documents.PIECE  # a token a byte
+    assert counts[-1] == last["document"]["tokens"] == len(content)
+    assert [piece["share"] for piece in pieces] == sorted(piece["share"] for piece in pieces)
+    assert pieces[-1]["share"] == 1
+
+
+@pytest.mark.parametrize("which", ["bundled", "metaspace"])
+def test_the_tokens_of_pieces_are_those_of_the_whole(which: str, shelf_folder: Path) -> None:
+    folder = Path(tiny.__file__).parent / "model" if which == "bundled" else shelf_folder / "llama2"
+    tokenizer = Tokenizer.from_folder(folder)
+    draw = random.Random(3)
+    words = [
+        "the",
+        "Überfall",
+        "\n\n",
+        "48213",
+        "strong-box,",
+        "   ",
+        "鳥が",
+        "réédité",
+        "\U0001f986",
+    ]
+    text = " ".join(draw.choice(words) for _ in range(500))
+    counter = TokenCounter(tokenizer)
+    at = 0
+    while at < len(text):
+        stop = at + draw.choice([1, 7, 300, 900])
+        counter.add(text[at:stop])
+        at = stop
+    assert counter.num_tokens == len(tokenizer.encode(text, add_bos=False))
+    ids = tokenizer.encode(text, add_bos=False)
+    assert counter.num_bytes == pytest.approx(len(str(ids).replace(" ", "")), rel=0.05)
 
 
 def test_special_tokens_in_a_document_are_text(site: Site) -> None:
@@ -82,12 +150,13 @@ def test_html_is_what_a_browser_would_show(site: Site) -> None:
     ],
 )
 def test_html_that_makes_no_sense_ends_soon(page: str) -> None:
-    assert isinstance(read_html(page.encode())["pages"], list)
+    (line,) = read_html(page.encode())
+    assert line["is_last"]
 
 
 def test_a_declared_encoding_is_heeded() -> None:
     page = '<meta charset="koi8-r"><p>привет'.encode("koi8-r")
-    assert read_html(page)["pages"] == ["привет"]
+    assert [line["page"] for line in read_html(page)] == ["привет"]
 
 
 def test_a_pdf_is_text_page_by_page(site: Site) -> None:
@@ -96,8 +165,61 @@ def test_a_pdf_is_text_page_by_page(site: Site) -> None:
     assert found["kind"] == "pdf"
     assert found["pages"] == 2
     starts = found["page_starts"]
+    assert starts[0] == 0
     assert found["text"][starts[0] :].startswith("Hello page one")
     assert found["text"][starts[1] :].startswith("And page two")
+
+
+def test_the_pages_of_a_pdf_are_told_one_by_one(site: Site) -> None:
+    content = text_pdf([f"Page number {number}" for number in range(1, 5)])
+    *pieces, last = events(send(site, "a.pdf", content))
+    assert [(piece["page"], piece["pages"]) for piece in pieces] == [(n, 4) for n in range(1, 5)]
+    assert [piece["share"] for piece in pieces] == [0.25, 0.5, 0.75, 1]
+    assert pieces[0]["tokens"] < pieces[1]["tokens"] < last["document"]["tokens"]
+
+
+def test_who_leaves_while_a_document_is_read_ends_the_reading(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(documents, "MAX_AT_ONCE", 1)
+    children = []
+
+    async def recorded(*arguments: Any, **more: Any) -> Any:
+        children.append(await start(*arguments, **more))
+        return children[-1]
+
+    start = asyncio.create_subprocess_exec
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", recorded)
+    content = pdf_with([stream(b"BT /F1 9 Tf (One) Tj ET"), slow_page(3_000_000)])
+
+    async def work(http):
+        seen = asyncio.Event()
+        body = iter([{"type": "http.request", "body": content, "more_body": False}])
+
+        async def receive():
+            if (message := next(body, None)) is not None:
+                return message
+            await seen.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message):
+            if b"One" in message.get("body", b""):
+                seen.set()
+
+        request = http.build_request("POST", "/ui/api/documents?name=a.pdf", headers=FILE)
+        await site.app(
+            {
+                "type": "http", "method": "POST", "path": "/ui/api/documents", "root_path": "",
+                "query_string": b"name=a.pdf", "headers": request.headers.raw, "scheme": "http",
+                "http_version": "1.1", "server": ("localhost", 80), "client": ("127.0.0.1", 1),
+            },
+            receive,
+            send,
+        )  # fmt: skip
+        return await http.post("/ui/api/documents?name=a.txt", content=b"x", headers=FILE)
+
+    assert site.run(work).status_code == 200
+    assert [child.returncode for child in children] == [-signal.SIGKILL]
 
 
 def test_a_page_without_text_is_told(site: Site) -> None:
@@ -122,9 +244,7 @@ def test_a_page_without_text_is_told(site: Site) -> None:
 def test_what_cannot_be_read_is_refused_in_words(
     site: Site, name: str, content: bytes, why: str
 ) -> None:
-    answer = send(site, name, content)
-    assert answer.status_code == 422, answer.text
-    assert why in answer.json()["error"]
+    assert why in refusal(send(site, name, content))
 
 
 @pytest.mark.parametrize(
@@ -135,7 +255,7 @@ def test_what_cannot_be_read_is_refused_in_words(
 def test_a_hostile_pdf_costs_seconds_of_a_process_and_no_more(
     site: Site, content: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(documents, "PATIENCE_S", 4.0)
+    monkeypatch.setattr(documents, "PATIENCE_S", 1.5)
     assert len(content) < 8 << 20
     answer = send(site, "a.pdf", content)
     assert answer.status_code in (200, 422), answer.text
@@ -145,7 +265,7 @@ def test_a_hostile_pdf_costs_seconds_of_a_process_and_no_more(
 def test_the_server_answers_while_a_pdf_is_read(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(documents, "PATIENCE_S", 2.0)
+    monkeypatch.setattr(documents, "PATIENCE_S", 1.5)
 
     async def work(http):
         path, content = "/ui/api/documents?name=a.pdf", slow(3_000_000)
@@ -174,24 +294,43 @@ def test_a_file_may_be_larger_than_a_request_and_not_larger_than_the_limit(
         fits = await http.post(path, content=b"word " * 1000, headers=FILE)
         announced = {**FILE, "content-length": str(documents.MAX_BYTES + 1)}
         large = await http.post(path, content=b"x", headers=announced)
-        body = {"model": "x" * 2000}
-        return fits, large, await http.post("/ui/api/load", json=body)
+        turns = [{"role": "user", "content": "word " * 1000}]
+        body = {"messages": turns, "template": "plain"}
+        prompt = await http.post("/ui/api/prompt", json=body)
+        other = await http.post("/ui/api/load", json={"model": "x" * 2000})
+        return fits, prompt, large, other
 
-    assert [answer.status_code for answer in site.run(work)] == [200, 413, 413]
+    assert [answer.status_code for answer in site.run(work)] == [200, 200, 413, 413]
+
+
+def test_a_prompt_longer_than_other_bodies_takes_a_documents_place(
+    shelf_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(documents, "MAX_AT_ONCE", 0)
+
+    async def work(http):
+        bodies = [
+            {"messages": [{"role": "user", "content": "x" * size}], "template": "plain"}
+            for size in (10, 2000)
+        ]
+        return [await http.post("/ui/api/prompt", json=body) for body in bodies]
+
+    answers = Site(shelf_folder, tmp_path, payload_limit=1000).run(work)
+    assert [answer.status_code for answer in answers] == [200, 429]
 
 
 def test_too_many_characters_are_refused(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(documents, "MAX_CHARACTERS", 100)
     answer = send(site, "a.txt", b"x" * 101)
     assert answer.status_code == 422
-    assert "101 characters; 100 are the most" in answer.json()["error"]
+    assert "101 characters; 100 are the most" in refusal(answer)
 
 
 def test_the_reader_refuses_too_many_characters(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reader, "MAX_CHARACTERS", 20)
     for read, content in ((reader.read_pdf, text_pdf(["x" * 30])), (read_html, b"y" * 30)):
         with pytest.raises(Exception, match="more than 20 characters"):
-            read(content)
+            list(read(content))
 
 
 def test_a_conversation_becomes_tokens_under_any_template_that_can_be_used(site: Site) -> None:

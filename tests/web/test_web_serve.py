@@ -74,12 +74,24 @@ def test_folders_are_where_the_operator_says(
     assert [root.name for root in served["extension"]._shelf._roots] == ["a", "b", "models"]
 
 
-def test_the_page_brings_no_transformers_and_the_reader_next_to_nothing() -> None:
-    code = "import sys, {}; print(sorted({} & set(sys.modules)))"
+def test_without_a_model_the_packages_own_is_served_by_its_name(
+    served: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert serve().exit_code == 0
+    served["announce"]("http://127.0.0.1:1")
+    assert "serving longwing-tiny at" in capsys.readouterr().err
+    shelf = served["extension"]._shelf
+    assert [root.name for root in shelf._roots] == ["models"]
+    assert "longwing-tiny" in [model.name for model in shelf.models()]
+
+
+def test_the_reader_brings_next_to_nothing_and_the_page_no_transformers() -> None:
+    lines = ["import sys"]
     for module, heavy in (
-        ("longwing.web.web", {"transformers", "datasets", "pypdf", "huggingface_hub.inference"}),
         ("longwing.web.reader", {"torch", "fastapi", "huggingface_hub", "pypdf", "asyncio"}),
+        ("longwing.web.web", {"transformers", "datasets", "pypdf", "huggingface_hub.inference"}),
     ):
-        command = [sys.executable, "-P", "-c", code.format(module, heavy)]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        assert done.stdout.strip() == "[]"
+        lines += [f"import {module}", f"print(sorted({heavy} & set(sys.modules)))"]
+    command = [sys.executable, "-P", "-c", "\n".join(lines)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["[]", "[]"]

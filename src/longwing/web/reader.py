@@ -1,10 +1,10 @@
 """A PDF or an HTML page as text, in a process of its own: `python -m longwing.web.reader KIND`.
 
-The file comes on stdin, JSON goes to stdout: `{"title", "pages", "warnings"}`, pages being texts,
-or `{"refused": "why"}`. Both formats can be made to take for ever or to fill the memory, so the
-process gives itself limits of time and memory before it looks at a byte, can write no file, and is
-killed by whoever started it (`documents.py`) when it is late. What it wrote is text, and
-nothing else of the file reaches the server.
+The file comes on stdin, lines of JSON go to stdout (`Said`), a page as soon as it is read. Both
+formats can be made to take for ever or to fill the memory, so the process gives itself limits of
+time and memory before it looks at a byte, can write no file, and is killed by whoever started it
+(`documents.py`) when it is late. What it wrote is text, and nothing else of the file reaches the
+server.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ import os
 import re
 import resource
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from html.parser import HTMLParser
 from typing import TypedDict
 
@@ -25,25 +25,31 @@ MAX_PAGES = 10_000
 MAX_WARNINGS = 20
 
 
-class Read(TypedDict):
-    """What a file says.
+class Said(TypedDict, total=False):
+    """A line: something that a file says.
 
     Keys:
         title: its own, or None.
-        pages: the text of each; HTML is one page.
+        num_pages: how many `page` lines will come; 1 unless said before the first.
+        page: the text of the next page; HTML is one page.
         warnings: what a person should know.
+        is_last: whether the file has been read to its end.
+        refused: why it cannot be read; nothing comes after it.
     """
 
     title: str | None
-    pages: list[str]
+    num_pages: int
+    page: str
     warnings: list[str]
+    is_last: bool
+    refused: str
 
 
 class _RefusedError(Exception):
     """The file cannot be read; says why."""
 
 
-def read_pdf(content: bytes) -> Read:
+def read_pdf(content: bytes) -> Iterator[Said]:
     """The text of a PDF, page by page."""
     try:
         from pypdf import PdfReader
@@ -62,7 +68,7 @@ def read_pdf(content: bytes) -> Read:
         raise _RefusedError(f"it is damaged, or not a PDF ({type(error).__name__})") from None
     if num_pages > MAX_PAGES:
         raise _RefusedError(f"it has {num_pages} pages; {MAX_PAGES} are the most")
-    pages: list[str] = []
+    yield {"title": str(title) if title else None, "num_pages": num_pages}
     warnings: list[str] = []
     left = MAX_CHARACTERS
     for number in range(num_pages):
@@ -79,10 +85,10 @@ def read_pdf(content: bytes) -> Read:
         left -= len(text)
         if left < 0:
             raise _RefusedError(f"it holds more than {MAX_CHARACTERS:,} characters")
-        pages.append(text)
+        yield {"page": text}
     if len(warnings) > MAX_WARNINGS:
         warnings[MAX_WARNINGS:] = [f"and {len(warnings) - MAX_WARNINGS} pages more"]
-    return {"title": str(title) if title else None, "pages": pages, "warnings": warnings}
+    yield {"warnings": warnings, "is_last": True}
 
 
 class _Text(HTMLParser):
@@ -137,11 +143,9 @@ class _Text(HTMLParser):
 _CHARSET = re.compile(rb"<meta[^>]{0,200}charset\s*=\s*[\"']?([\w-]{1,30})", re.I)
 
 
-def read_html(content: bytes) -> Read:
+def read_html(content: bytes) -> Iterator[Said]:
     """The text of a web page."""
-    declared = re.search(
-        rb"<meta[^>]{0,200}charset\s*=\s*[\"']?([\w-]{1,30})", content[:4096], re.I
-    )
+    declared = _CHARSET.search(content[:4096])
     text = decode(content, declared[1].decode() if declared else None)
     parser = _Text()
     parser.feed(text)
@@ -150,7 +154,7 @@ def read_html(content: bytes) -> Read:
     shown = re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip()
     if len(shown) > MAX_CHARACTERS:
         raise _RefusedError(f"it holds more than {MAX_CHARACTERS:,} characters")
-    return {"title": " ".join(parser.title.split()) or None, "pages": [shown], "warnings": []}
+    yield {"title": " ".join(parser.title.split()) or None, "page": shown, "is_last": True}
 
 
 _MARKS = {b"\xef\xbb\xbf": "utf-8", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
@@ -158,11 +162,7 @@ _MARKS = {b"\xef\xbb\xbf": "utf-8", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"
 
 def decode(content: bytes, declared: str | None = None) -> str:
     """Bytes as text: by their mark, as UTF-8, as they say, else as Western European."""
-    for mark, name in (
-        (b"\xef\xbb\xbf", "utf-8"),
-        (b"\xff\xfe", "utf-16"),
-        (b"\xfe\xff", "utf-16"),
-    ):
+    for mark, name in _MARKS.items():
         if content.startswith(mark):
             return content.decode(name, "replace").removeprefix("\ufeff")
     for name in ("utf-8", declared or "utf-8"):
@@ -171,7 +171,7 @@ def decode(content: bytes, declared: str | None = None) -> str:
     return content.decode("cp1252", "replace")
 
 
-READERS: Mapping[str, Callable[[bytes], Read]] = {"pdf": read_pdf, "html": read_html}
+READERS: Mapping[str, Callable[[bytes], Iterator[Said]]] = {"pdf": read_pdf, "html": read_html}
 """How each kind is read."""
 
 
@@ -194,14 +194,18 @@ def main() -> None:
 
     logging.disable(logging.CRITICAL)  # pypdf's remarks quote the file
     _limit()
-    answer: Mapping[str, object]
     try:
-        answer = READERS[sys.argv[1]](sys.stdin.buffer.read())
+        for line in READERS[sys.argv[1]](sys.stdin.buffer.read()):
+            _say(line)
     except _RefusedError as error:
-        answer = {"refused": str(error)}
+        _say({"refused": str(error)})
     except (MemoryError, RecursionError):
-        answer = {"refused": "it needs too much memory to be read"}
-    sys.stdout.buffer.write(json.dumps(answer, ensure_ascii=True).encode())
+        _say({"refused": "it needs too much memory to be read"})
+
+
+def _say(line: Said) -> None:
+    sys.stdout.buffer.write(json.dumps(line, ensure_ascii=True).encode() + b"\n")
+    sys.stdout.buffer.flush()
 
 
 if __name__ == "__main__":

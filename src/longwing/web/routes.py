@@ -1,6 +1,6 @@
 """/ui/api: the routes of models, downloads and evaluations, and the list of all.
 
-Each is a line from HTTP to one of the page's nouns, and back to JSON.
+Each is a line from HTTP to one of the page's nouns, and back to JSON, or to a response of its own.
 """
 
 import contextlib
@@ -32,6 +32,7 @@ from longwing.web.shelf import Model, is_offline
 
 API = "/ui/api"
 DOCUMENTS = f"{API}/documents"
+PROMPT = f"{API}/prompt"
 
 
 Answer = Callable[[Request], Awaitable[object]]
@@ -47,9 +48,12 @@ def make_router(nouns: Nouns) -> APIRouter:
                 nouns.access.require_own_page(http)
                 if admin:
                     nouns.access.require_admin(http)
-                body = orjson.dumps(await work(http))
+                said = await work(http)
             except LongwingError as error:
                 raise fault_of(error) from error
+            if isinstance(said, Response):
+                return said
+            body = orjson.dumps(said)
             return Response(body, status, {"Cache-Control": "no-store"}, "application/json")
 
         router.add_api_route(path, answer, methods=[verb], response_class=Response)

@@ -1,18 +1,24 @@
 """What whoever may ask may have: the session, the state, documents and prompts."""
 
 import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import ExitStack, aclosing, nullcontext
 
 from starlette.requests import Request
+from starlette.responses import Response
 
 from longwing.engine.options import CPU_WEIGHTS, KV_DTYPES
+from longwing.errors import LongwingError
 from longwing.models import DTYPES
 from longwing.plan import CARDS
 from longwing.rope import METHODS
-from longwing.server.faults import TgiFault
+from longwing.server.faults import TgiFault, tgi_fault
+from longwing.server.leave import until_done_or_left
+from longwing.server.sse import data_frame, sse_response
 from longwing.server.tgi_status import VERSION
 from longwing.web.bodies import PromptBody
-from longwing.web.calls import Nouns, body_of, kind_of
-from longwing.web.documents import MAX_BYTES
+from longwing.web.calls import Nouns, body_of, fault_of, kind_of
+from longwing.web.documents import MAX_BYTES, Document, Piece
 from longwing.web.reader import MAX_CHARACTERS
 from longwing.web.records import TASKS
 from longwing.web.settings import shown
@@ -83,8 +89,11 @@ class Session:
             "evaluation_running": nouns.runs.running,
         }
 
-    async def document(self, http: Request) -> object:
-        """A file as text."""
+    async def document(self, http: Request) -> Response:
+        """A file as text: server-sent events, one a piece, so that its tokens count up as it loads.
+
+        What is refused before the first piece has a status; later it is the last event.
+        """
         if kind_of(http) != "application/octet-stream":
             raise TgiFault(
                 "unsupported_media_type",
@@ -92,22 +101,47 @@ class Session:
                 status=415,
             )
         name = http.query_params.get("name", "")[:300]
-        with self._nouns.documents.place():
+        with ExitStack() as stack:
+            stack.enter_context(self._nouns.documents.place())
             content = await http.body()
-            found = await self._nouns.documents.read(name, content, self._nouns.serving.tokenizer)
-        return found.to_json()
+            told = self._nouns.documents.read(name, content, self._nouns.serving.tokenizer)
+            first = await until_done_or_left(http, anext(told))
+            return sse_response(
+                http,
+                _frames(first, told),
+                keep_alive_s=self._nouns.serving.options.keep_alive_s,
+                on_close=stack.pop_all().close,
+            )
 
     async def prompt(self, http: Request) -> object:
-        """The tokens of a conversation under any template; special tokens in it are text."""
-        body = await body_of(http, PromptBody)
-        tokenizer = self._nouns.serving.tokenizer
-        ids = await asyncio.to_thread(
-            tokenizer.chat,
-            [turn.model_dump() for turn in body.messages],
-            template=body.template,
-            continue_final=body.continue_final,
-        )
+        """The tokens of a conversation under any template; special tokens in it are text.
+
+        One that is longer than other bodies may be has a document in it, and takes a place as such.
+        """
+        most = self._nouns.serving.options.payload_limit
+        announced = http.headers.get("content-length", "")
+        is_long = not announced.isdecimal() or int(announced) > most
+        with self._nouns.documents.place() if is_long else nullcontext():
+            body = await body_of(http, PromptBody)
+            ids = await asyncio.to_thread(
+                self._nouns.serving.tokenizer.chat,
+                [turn.model_dump() for turn in body.messages],
+                template=body.template,
+                continue_final=body.continue_final,
+            )
         return {"ids": ids, "tokens": len(ids), "template": body.template or "default"}
+
+
+async def _frames(
+    first: Piece | Document, told: AsyncGenerator[Piece | Document]
+) -> AsyncIterator[bytes]:
+    async with aclosing(told):
+        try:
+            yield data_frame(first.to_json())
+            async for one in told:
+                yield data_frame(one.to_json())
+        except LongwingError as error:
+            yield data_frame(tgi_fault(fault_of(error)).body())
 
 
 _OF_ENGINE = (

@@ -19,6 +19,7 @@ _OF_ONE_MODEL: Mapping[str, Any] = {
     "rope": None,
     "num_pages": None,
     "cache_tokens": None,
+    "adapters": (),
 }
 """Fields that the operator set for the model they started with, not for any other."""
 

@@ -24,7 +24,7 @@ from longwing.web.options import WebOptions
 from longwing.web.page import STATIC, Page
 from longwing.web.records import Records
 from longwing.web.reports import PREFIX, Reports
-from longwing.web.routes import DOCUMENTS, make_router
+from longwing.web.routes import DOCUMENTS, PROMPT, make_router
 from longwing.web.runs import Runs
 from longwing.web.shelf import Shelf
 
@@ -69,7 +69,7 @@ class Web:
         runs_dir: Path,
         static: Path = STATIC,
     ) -> None:
-        self.payload_limits: Mapping[str, int] = {DOCUMENTS: MAX_BYTES}
+        self.payload_limits: Mapping[str, int] = {DOCUMENTS: MAX_BYTES, PROMPT: MAX_BYTES}
         self._options = options
         self._started = started
         self._page = Page(static)

@@ -5,11 +5,12 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from queue import Queue
 from typing import Any
 
 from fake_hub import FakeHub, Server, handler
@@ -18,6 +19,8 @@ from transformers import LlamaConfig
 from tiny import COMMON, save_model, write_tokenizer
 
 CONTEXT = 16384
+PATIENCE_S = 120.0
+"""A busy machine is slow, not wrong."""
 TURNS = (
     "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}[assistant] {% endif %}"
@@ -41,25 +44,12 @@ def write_model(folder: Path, *, seed: int, template: str = "") -> Path:
     return folder
 
 
-@dataclass
-class Served:
-    """A server in a child process.
-
-    Attributes:
-        url: where it is.
-        hub: the stub of the Hub that it downloads from.
-    """
-
-    url: str
-    hub: FakeHub
-
-
 class ServeProcess:
     """`longwing serve` with arguments, until it is stopped."""
 
     def __init__(self, *arguments: str, **environment: str) -> None:
         self._lines: list[str] = []
-        self._url: Queue[str] = Queue()
+        self._url: Future[str] = Future()
         self._process = subprocess.Popen(
             [sys.executable, "-m", "longwing", "serve", *arguments, "--port", "0"],
             env={**os.environ, "NO_PROXY": "127.0.0.1", "COLUMNS": "200", **environment},
@@ -75,16 +65,15 @@ class ServeProcess:
         assert self._process.stderr is not None
         for line in self._process.stderr:
             self._lines.append(line)
-            if line.startswith("serving "):
-                self._url.put(line.partition(" at ")[2].split(",")[0].strip())
-        self._url.put("")
+            if line.startswith("serving ") and not self._url.done():
+                self._url.set_result(line.partition(" at ")[2].split(",")[0].strip())
+        if not self._url.done():
+            self._url.set_exception(AssertionError("".join(self._lines)))
 
     @property
     def url(self) -> str:
         """Where it is, once it answers."""
-        url = self._url.get(timeout=120)
-        assert url, "".join(self._lines)
-        return url
+        return self._url.result(PATIENCE_S)
 
     def stop(self) -> None:
         self._process.terminate()
@@ -96,6 +85,20 @@ class ServeProcess:
         self._reader.join()
         assert self._process.stderr is not None
         self._process.stderr.close()
+
+
+@dataclass
+class Served:
+    """A server, what it downloads from, and where its evaluations are."""
+
+    process: ServeProcess
+    hub: FakeHub
+    runs_dir: Path
+
+    @property
+    def url(self) -> str:
+        """Where it is, once it answers."""
+        return self.process.url
 
 
 @contextlib.contextmanager
@@ -118,3 +121,24 @@ def stub_hub() -> Iterator[FakeHub]:
             server.shutdown()
             thread.join()
             server.server_close()
+
+
+@contextlib.contextmanager
+def serving(model: Path, published: Path) -> Iterator[Served]:
+    """A server of one model, with a Hub that has another one; both start while one goes on."""
+    with tempfile.TemporaryDirectory() as scratch, stub_hub() as hub:
+        root = Path(scratch)
+        (root / "runs").mkdir()
+        hub.repos[f"nest/{published.name}"] = {
+            path.name: path.read_bytes() for path in published.iterdir()
+        }
+        process = ServeProcess(
+            str(model), "--runs-dir", str(root / "runs"), "--max-batch-tokens", "1024",
+            "--num-pages", "2048",
+            LONGWING_CACHE=str(root / "cache"), HF_HOME=str(root / "hf"),
+            HF_HUB_CACHE=str(root / "hf" / "hub"), HF_ENDPOINT=hub.endpoint, HF_TOKEN="",
+        )  # fmt: skip
+        try:
+            yield Served(process, hub, root / "runs")
+        finally:
+            process.stop()

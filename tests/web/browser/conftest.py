@@ -7,24 +7,30 @@ can write nothing else: everything from the engine to the screen is as it always
 about the page alone, `Page.recites` answers in the server's place, which takes no time.
 
 A page that logs an error, or meets its content security policy, fails the test it was opened in.
+Nothing here sleeps: tests wait for what they want to see, for as long as a busy machine may take.
 """
 
+import base64
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
-from browser_server import TURNS, Served, ServeProcess, stub_hub, write_model
+from browser_server import TURNS, Served, serving, write_model
 
 try:
     from playwright import sync_api
 except ImportError:
     collect_ignore_glob = ["test_browser_*.py"]
 else:
-    sync_api.expect.set_options(timeout=30_000)  # a busy machine is slow, not wrong
+    sync_api.expect.set_options(timeout=120_000)  # as PATIENCE_MS
 CHROMIUM = shutil.which("chromium")
+HERE = Path(__file__).parent
+PATIENCE_MS = 120_000
+"""A busy machine is slow, not wrong."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -35,35 +41,74 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason="chromium is not installed"))
 
 
+class Browser:
+    """A Chromium for the tests of this folder, while they run one after another.
+
+    While it lives, no other test could run an event loop: before one from elsewhere it is closed.
+    """
+
+    def __init__(self) -> None:
+        self._playwright: Any = None
+        self._chromium: Any = None
+
+    @property
+    def chromium(self) -> Any:
+        """Playwright's browser."""
+        if self._chromium is None:
+            self._playwright = sync_api.sync_playwright().start()
+            self._chromium = self._playwright.chromium.launch(
+                executable_path=CHROMIUM,
+                args=["--no-sandbox", "--disable-dev-shm-usage", "--force-prefers-reduced-motion"],
+            )
+        return self._chromium
+
+    def close(self) -> None:
+        if self._chromium is not None:
+            self._chromium.close()
+            self._playwright.stop()
+            self._playwright = self._chromium = None
+
+
+BROWSER = pytest.StashKey[Browser]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[BROWSER] = Browser()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(
+    item: pytest.Item, nextitem: pytest.Item | None
+) -> Generator[None, None, None]:
+    yield
+    if nextitem is None or HERE not in nextitem.path.parents:
+        item.config.stash[BROWSER].close()
+
+
 @pytest.fixture(scope="session")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """One server for all tests; those that load another model put the first one back."""
-    root = tmp_path_factory.mktemp("served")
-    meadow = write_model(root / "models" / "meadow", seed=0)
-    brook = write_model(root / "apart" / "brook", seed=1, template=TURNS)
-    with stub_hub() as hub:
-        hub.repos["nest/brook"] = {path.name: path.read_bytes() for path in brook.iterdir()}
-        process = ServeProcess(
-            str(meadow), "--runs-dir", str(root / "runs"), "--max-batch-tokens", "1024",
-            LONGWING_CACHE=str(root / "cache"), HF_HOME=str(root / "hf"),
-            HF_HUB_CACHE=str(root / "hf" / "hub"), HF_ENDPOINT=hub.endpoint, HF_TOKEN="",
-        )  # fmt: skip
-        try:
-            yield Served(process.url, hub)
-        finally:
-            process.stop()
+def chromium(request: pytest.FixtureRequest) -> Callable[[], Any]:
+    """`chromium()` is the browser."""
+    browser = request.config.stash[BROWSER]
+    return lambda: browser.chromium
 
 
-@pytest.fixture(scope="module")
-def chromium() -> Iterator[Any]:
-    """A browser for a module: while it lives, no other test could run an event loop."""
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
-            executable_path=CHROMIUM,
-            args=["--no-sandbox", "--disable-dev-shm-usage", "--force-prefers-reduced-motion"],
-        )
-        yield browser
-        browser.close()
+@pytest.fixture(scope="session")
+def meadow(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model that is served, in a folder of its own."""
+    return write_model(tmp_path_factory.mktemp("models") / "meadow", seed=0)
+
+
+@pytest.fixture(scope="session")
+def brook(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model that can be downloaded."""
+    return write_model(tmp_path_factory.mktemp("apart") / "brook", seed=1, template=TURNS)
+
+
+@pytest.fixture(scope="session")
+def served(meadow: Path, brook: Path) -> Iterator[Served]:
+    """One server for all tests that leave it as it was."""
+    with serving(meadow, brook) as one:
+        yield one
 
 
 @dataclass
@@ -121,24 +166,35 @@ class Page:
         field_.fill(text)
         field_.press("Enter")
 
-    def answered(self, kind: str, number: int = 1) -> Any:
+    def answered(self, kind: str, number: int = 1, *, patience_ms: int = PATIENCE_MS) -> Any:
         """The answer of this number, once it is complete."""
         answer = self.at.locator(f"#{kind}-talk .answer").nth(number - 1)
-        sync_api.expect(answer.locator(".actions")).to_be_visible(timeout=60_000)
+        sync_api.expect(answer.locator(".actions")).to_be_visible(timeout=patience_ms)
         return answer
 
-    def drop(self, name: str, text: str) -> None:
+    def drop(self, name: str, content: str | bytes) -> None:
+        """Drop a file onto the Ask tab, and wait until it is read."""
+        self.let_fall(name, content)
+        self.is_read()
+
+    def let_fall(self, name: str, content: str | bytes) -> None:
         """Drop a file onto the Ask tab."""
+        raw = content.encode() if isinstance(content, str) else content
         transfer = self.at.evaluate_handle(
-            """([name, text]) => {
+            """([name, packed]) => {
+              const bytes = Uint8Array.from(atob(packed), (letter) => letter.charCodeAt(0));
               const transfer = new DataTransfer();
-              transfer.items.add(new File([text], name));
+              transfer.items.add(new File([bytes], name));
               return transfer;
             }""",
-            [name, text],
+            [name, base64.b64encode(raw).decode()],
         )
         self.at.dispatch_event("#ask", "drop", {"dataTransfer": transfer})
-        sync_api.expect(self.at.locator("#reader")).to_be_visible(timeout=30_000)
+
+    def is_read(self) -> None:
+        """Wait until the document is there, read and counted."""
+        sync_api.expect(self.at.locator("#reader")).to_have_attribute("aria-busy", "false")
+        sync_api.expect(self.at.locator("#reader")).to_be_visible()
 
 
 def _stream(text: str) -> str:
@@ -151,20 +207,22 @@ def _stream(text: str) -> str:
 
 
 @pytest.fixture
-def visit(chromium: Any, served: Served) -> Iterator[Callable[..., Page]]:
+def visit(
+    request: pytest.FixtureRequest, chromium: Callable[[], Any]
+) -> Iterator[Callable[..., Page]]:
     """`visit(width=…, theme=…)`: a new person with a browser that remembers nothing."""
     made: list[Page] = []
     contexts: list[Any] = []
 
-    def new(width: int = 1440, theme: str = "light", url: str = served.url) -> Page:
-        context = chromium.new_context(
+    def new(width: int = 1440, theme: str = "light", url: str | None = None) -> Page:
+        context = chromium().new_context(
             viewport={"width": width, "height": 900 if width > 700 else 780}, color_scheme=theme
         )
         context.grant_permissions(["clipboard-read", "clipboard-write"])
         contexts.append(context)
         at = context.new_page()
-        at.set_default_timeout(30_000)
-        page = Page(at, url)
+        at.set_default_timeout(PATIENCE_MS)
+        page = Page(at, url or request.getfixturevalue("served").url)
         at.on("pageerror", lambda error: page.problems.append(f"{error}\n{error.stack}"))
         at.on("console", lambda said: _note(page, said))
         at.on("dialog", lambda dialog: page.problems.append(f"a dialog: {dialog.message}"))

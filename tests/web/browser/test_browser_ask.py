@@ -5,18 +5,19 @@ import re
 from pathlib import Path
 
 import pytest
+from pdf_files import text_pdf
 from playwright.sync_api import expect
 
 FACT = "The number of the strong box is 48213."
 FILL = "The river rose again in the night, and nobody at the mill was surprised by it. "
+FACTS = "#reader .facts-line"
 LONG = (FILL * 64 + "\n\n" + FACT + "\n\n" + FILL * 64)[:10_000]
 
 
 def test_a_dropped_document_is_read_answered_and_the_answer_found_in_it(visit):
     page = visit().open()
     page.drop("weir.txt", LONG)
-    facts = page.at.locator("#reader .reader-facts .help")
-    expect(facts).to_contain_text("10,000 of 16,383 tokens")
+    expect(page.at.locator(FACTS)).to_contain_text("10,000 of 16,383 tokens")
 
     page.says(f"It says: {FACT}")
     statuses = seen(page, "#ask-talk .status")
@@ -62,7 +63,7 @@ def test_an_answer_can_be_stopped_and_gone_on_with(visit):
     page.ask("ask", "Go on for long.")
     answer = page.at.locator("#ask-talk .answer")
     page.at.wait_for_function(
-        "() => document.querySelector('#ask-talk .answer .text').textContent.length > 20"
+        "() => document.querySelector('#ask-talk .answer .text').textContent.length > 60"
     )
     page.at.get_by_role("button", name="Stop").click()
     page.answered("ask")
@@ -100,19 +101,113 @@ def test_a_conversation_and_its_document_are_found_again_after_a_reload(visit):
 def test_a_document_that_is_too_long_is_refused_in_words(visit):
     page = visit().open()
     page.drop("book.txt", FILL * 220)
-    facts = page.at.locator("#reader .reader-facts .help")
-    expect(facts).to_contain_text("too many")
-    expect(page.at.locator("#ask-talk .why")).to_contain_text("longer than the model can read")
+    expect(page.at.locator(FACTS)).to_contain_text("17,380 of 16,383 tokens · 998 too many")
+    expect(page.at.locator(f"{FACTS}.error .icon")).to_be_visible()
+    expect(page.at.locator("#ask-talk .why")).to_contain_text("Longer than the model can read")
     expect(page.at.locator("#ask-talk .composer button.main").first).to_be_disabled()
 
 
-def test_what_is_no_document_is_refused_in_the_servers_words(visit):
+def test_tokens_count_up_against_the_limit_while_a_document_loads_and_nothing_moves(visit):
     page = visit().open()
-    page.at.set_input_files("#drop-file", {
-        "name": "picture.pdf", "mimeType": "application/pdf", "buffer": b"%PDF-1.7 nothing",
-    })  # fmt: skip
-    expect(page.at.locator("#drop-problem")).not_to_be_empty()
+    page.drop("short.txt", "A short one.")
+    said = seen(page, FACTS)
+    heights = page.at.evaluate_handle("""() => {
+      const heights = new Set();
+      const note = () => heights.add(document.querySelector(".reader-facts").offsetHeight);
+      new MutationObserver(note).observe(document.querySelector(".reader"), {
+        subtree: true, childList: true, attributes: true, characterData: true });
+      return heights;
+    }""")
+    page.drop("book.txt", FILL * 420)
+    counts = [numbers(text)[0] for text in said() if "of 16,383 tokens" in text]
+    assert counts == sorted(counts)
+    assert {0, 8192, 16_384, 24_576, 32_768, len(FILL) * 420} <= set(counts)
+    assert any("8,192 of 16,383 tokens · reading, 25 %" in text for text in said())
+    assert any("24,576 of 16,383 tokens · 8,194 too many already" in text for text in said())
+    assert page.at.evaluate("heights => heights.size", heights) == 1
+
+
+def test_a_pdf_is_read_page_by_page_and_asked_about(visit):
+    page = visit().open()
+    said = seen(page, FACTS)
+    pages = ["Minutes of the river board.", FILL.strip(), FACT, "Nothing more was said."]
+    page.drop("minutes.pdf", text_pdf(pages))
+    length = len("\n\n".join(pages))
+    expect(page.at.locator(FACTS)).to_have_text(f"{length} of 16,383 tokens · {length} characters")
+    expect(page.at.locator(".reader-text")).to_contain_text(FACT)
+    for number in (1, 2, 3, 4):
+        assert any(f"reading, page {number} of 4" in text for text in said()), said()
+    page.says(FACT)
+    page.ask("ask", "What is the number?")
+    quote = page.answered("ask").locator("button.quote")
+    expect(quote).to_contain_text("page 3")
+    quote.click()
+    assert highlighted(page, "shown") == [FACT.rstrip(".")]
+
+
+def test_the_former_document_stays_when_another_one_cannot_be_read(visit):
+    page = visit().open()
+    damaged = {"mimeType": "application/pdf", "buffer": b"%PDF-1.7 nothing"}
+    page.at.set_input_files("#drop-file", {"name": "picture.pdf", **damaged})
+    expect(page.at.locator("#drop-problem")).to_contain_text("picture.pdf: the document cannot")
     expect(page.at.locator("#drop")).to_be_visible()
+
+    page.drop("weir.txt", FACT)
+    expect(page.at.locator("#reader .error")).to_be_empty()
+    page.recites(FACT)
+    page.ask("ask", "Which number?")
+    page.answered("ask")
+    page.drop("other.pdf", b"%PDF-1.7 nothing")
+    expect(page.at.locator("#reader .reader-facts .error")).to_contain_text("other.pdf: the docum")
+    expect(page.at.locator(".reader-name")).to_have_text("weir.txt")
+    expect(page.at.locator(FACTS)).to_contain_text(f"{len(FACT)} of 16,383 tokens")
+    expect(page.at.locator(".reader-text")).to_have_text(FACT)
+    assert highlighted(page, "quoted") == [FACT.rstrip(".")]
+    page.ask("ask", "Once more?")
+    expect(page.answered("ask", 2).locator(".text")).to_have_text(FACT)
+
+
+def test_reading_a_file_can_be_stopped(visit):
+    page = visit().open()
+    page.drop("weir.txt", FACT)
+    page.at.route("**/ui/api/documents*", lambda route: None)  # which is never answered
+    page.let_fall("slow.txt", "never")
+    expect(page.at.locator(".reader-name")).to_have_text("slow.txt")
+    expect(page.at.locator("#ask-talk .why")).to_have_text("The document is being read.")
+    page.at.get_by_role("button", name="Stop reading this file").click()
+    page.is_read()
+    expect(page.at.locator(".reader-name")).to_have_text("weir.txt")
+    expect(page.at.locator("#ask-talk .why")).to_be_empty()
+    page.at.get_by_role("button", name="Put this document away").click()
+    expect(page.at.locator("#drop")).to_be_visible()
+
+
+def test_a_prompt_of_more_bytes_than_the_server_takes_is_refused_before_it_is_sent(visit):
+    page = visit()
+    page.at.route("**/ui/api/session", with_payload_limit(2000))
+    page.open()
+    page.drop("weir.txt", "word " * 100)
+    expect(page.at.locator("#ask-talk .why")).to_be_empty()
+    page.ask("ask", "Which number? " * 40)
+    answer = page.answered("ask").locator(".status.error")
+    expect(answer).to_contain_text("bytes is more than the 2,000 that the server takes")
+    expect(answer).to_contain_text("--payload-limit 100000")
+    page.drop("long.txt", "word " * 200)
+    expect(page.at.locator("#ask-talk .why")).to_contain_text("more than the 2,000")
+    page.tab("Complete")
+    page.at.get_by_label("Text to go on from").fill("word " * 500)
+    page.at.get_by_role("button", name="Go on").click()
+    expect(page.at.locator("#complete-status")).to_contain_text("2,500 bytes is more than")
+    assert page.sent == []
+
+
+def with_payload_limit(most: int):
+    def change(route) -> None:
+        told = route.fetch().json()
+        told["limits"]["payload_bytes"] = most
+        route.fulfill(json=told)
+
+    return change
 
 
 def test_html_is_read_as_text_and_nothing_in_it_happens(visit):

@@ -1,37 +1,29 @@
 """Model: download from a Hub, plan, load, switch; what needs the admin key asks for it."""
 
+from collections.abc import Iterator
+
 import pytest
+from browser_server import Served, serving
 from playwright.sync_api import expect
 
 LOADED = "#loaded .model-name"
 
 
 @pytest.fixture
-def back_to_meadow(visit):
-    """Whatever was loaded, the other tests want the first model."""
-    yield
-    page = visit()
-    page.at.goto(f"{page.url}/ui#model")
-    page.at.wait_for_function(STATE_KNOWN)
-    if page.at.evaluate(f"({STATE_KNOWN})()") != "meadow":
-        page.at.evaluate("""() => fetch("/ui/api/load", {method: "POST",
-            headers: {"Content-Type": "application/json"}, body: '{"model": "meadow"}'})""")
-    expect(page.at.locator("#model-chip")).to_have_attribute("data-status", "ready", timeout=90_000)
-    expect(page.at.locator(LOADED)).to_have_text("meadow", timeout=90_000)
-
-
-STATE_KNOWN = "() => document.querySelector('#loaded .model-name')?.textContent"
+def changed(meadow, brook) -> Iterator[Served]:
+    """A server that is left with another model than it began with."""
+    with serving(meadow, brook) as one:
+        yield one
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("back_to_meadow")
-def test_a_model_is_downloaded_planned_loaded_and_asked(visit, served):
-    hub = served.hub
+def test_a_model_is_downloaded_planned_loaded_and_asked(visit, changed):
+    hub = changed.hub
     size = len(hub.repos["nest/brook"]["model.safetensors"])
     hub.cut_after["model.safetensors"] = [size // 2]
     hub.stalled.set()
 
-    page = visit().open("model")
+    page = visit(url=changed.url).open("model")
     expect(page.at.locator(LOADED)).to_have_text("meadow")
     page.at.get_by_label("Name of a model").fill("nest/brook")
     page.at.get_by_role("button", name="Download", exact=True).click()
@@ -56,7 +48,7 @@ def test_a_model_is_downloaded_planned_loaded_and_asked(visit, served):
     form.get_by_label("RoPE factor").fill("2")
     form.get_by_role("button", name="Load this model").click()
     expect(page.at.locator("#model-chip")).to_have_attribute("data-status", "starting")
-    expect(page.at.locator(LOADED)).to_have_text("nest/brook", timeout=90_000)
+    expect(page.at.locator(LOADED)).to_have_text("nest/brook")
     expect(page.at.locator("#loaded")).to_contain_text("2,048 tokens")
     expect(page.at.locator("#loaded")).to_contain_text("linear")
     expect(page.at.locator("#loaded")).to_contain_text("the model's own")

@@ -1,6 +1,10 @@
 """What of an answer stands in the document: `quotes.js` as a pure function, in the browser."""
 
+from pathlib import Path
+
 import pytest
+
+from longwing import web
 
 DOC = (
     "The board met in March. A gate was priced at 61 pounds and 4 shillings by the foundry.\n\n"
@@ -12,10 +16,19 @@ FIND = """async ([answer, text]) => {
 }"""
 
 
+STATIC = Path(web.__file__).parent / "static"
+
+
 @pytest.fixture(scope="module")
-def quotes(chromium, served):
-    page = chromium.new_page()
-    page.goto(f"{served.url}/ui")
+def quotes(chromium):
+    """The module needs no server: a file is one as it lies."""
+    page = chromium().new_page()
+    page.route("http://page.test/", lambda route: route.fulfill(body="", content_type="text/html"))
+    page.route(
+        "http://page.test/ui/*",
+        lambda route: route.fulfill(path=STATIC / route.request.url.rpartition("/")[2]),
+    )
+    page.goto("http://page.test/")
     yield lambda answer, text=DOC: page.evaluate(FIND, [answer, text])
     page.close()
 

@@ -4,9 +4,9 @@
 // stays text; the tokens go to /v1/completions, which says how far the prompt is read, each piece of
 // text, and how many tokens of the prompt were remembered.
 
-import { call, events, post } from "./api.js";
+import { ApiError, call, events, post } from "./api.js";
 import { sampling, template } from "./params.js";
-import { longest } from "./session.js";
+import { longest, tooLarge } from "./session.js";
 
 /**
  * Ask for an answer.
@@ -26,16 +26,16 @@ export async function answer({ messages, goOn = false, signal, onReading, onText
     const prompt = await post("/ui/api/prompt", asked, { signal });
     told.usage = { prompt: prompt.ids.length, cached: 0, generated: 0 };
     onReading(0, prompt.ids.length);
-    const response = await call("/v1/completions", {
-      method: "POST",
-      signal,
-      json: {
-        prompt: prompt.ids,
-        stream: true,
-        stream_options: { include_usage: true, continuous_usage_stats: true },
-        ...sampling(longest() - prompt.ids.length),
-      },
+    const body = JSON.stringify({
+      prompt: prompt.ids,
+      stream: true,
+      stream_options: { include_usage: true, continuous_usage_stats: true },
+      ...sampling(longest() - prompt.ids.length),
     });
+    const refusal = tooLarge(body.length);
+    if (refusal) throw new ApiError(413, refusal);
+    const sent = { method: "POST", signal, body, type: "application/json" };
+    const response = await call("/v1/completions", sent);
     for await (const { reading, data } of events(response)) {
       if (reading) onReading(reading.done, reading.total);
       else take(data, told, elapsed, onText);

@@ -121,7 +121,10 @@ export async function* events(response) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
   for (;;) {
-    const { value, done } = await reader.read();
+    const { value, done } = await reader.read().catch((error) => {
+      if (error.name === "AbortError") throw error;
+      throw new ApiError(0, "The connection to the server broke.");
+    });
     if (done) return;
     const lines = (rest + value).split("\n");
     rest = lines.pop();

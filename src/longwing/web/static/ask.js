@@ -4,25 +4,26 @@
 // begins with the same tokens, and the server's prefix cache has them already: a follow-up reads only
 // what is new, and the line under its answer says so.
 
-import { ApiError, call } from "./api.js";
-import { $, announce, h, icon } from "./dom.js";
+import { ApiError, call, events } from "./api.js";
+import { $, announce, bytes, h, icon, toast } from "./dom.js";
 import { indexed, quotesIn } from "./quotes.js";
-import { fitWords, Reader } from "./reader.js";
-import { longestPrompt, onState, theSession, theState } from "./session.js";
+import { fitWords, Reader, soFarWords } from "./reader.js";
+import { longestPrompt, onState, theSession, theState, tooLarge } from "./session.js";
 import { documentOf, keepDocument, keepSetting, newId, setting } from "./store.js";
 import { Talk } from "./talk.js";
 
 const WANTED = "Quote the words of the document that your answer rests on.";
 const MOST_SHOWN = 8; // quotations listed under an answer
 
-let doc = null; // {id, name, text, tokens, model, pageStarts}
+let doc = null; // {id, name, text, tokens, promptBytes, model, pageStarts, warnings}
+let loading = null; // the AbortController of a file that is being read
 let index = null; // of its words, for quotations
 let reader = null;
 let talk = null;
 
 /** Set the tab up. */
 export function startAsk() {
-  reader = new Reader($("reader"), { onClose: () => putAway() });
+  reader = new Reader($("reader"), { onClose: () => (loading ? loading.abort() : putAway()) });
   talk = new Talk($("ask-talk"), {
     kind: "ask",
     placeholder: "Ask about the document",
@@ -54,10 +55,14 @@ function messages(turns) {
 }
 
 function whyNot() {
+  if (loading) return "The document is being read.";
   if (!doc) return "Drop a document first.";
-  if (doc.tokens === null) return "The document is being counted.";
-  if (doc.tokens >= longestPrompt()) return "The document is longer than the model can read.";
-  return theState() && theState().status !== "ready" ? "The model is not ready." : "";
+  if (theState() && theState().status !== "ready") return "The model is not ready.";
+  if (doc.tokens === null) return "The document is not counted yet.";
+  if (doc.tokens >= longestPrompt()) {
+    return "Longer than the model can read: drop a shorter one, or load a longer context.";
+  }
+  return tooLarge(doc.promptBytes ?? 0);
 }
 
 function quoteSwitch() {
@@ -73,7 +78,6 @@ function quoteSwitch() {
 // The document: dropped, chosen, pasted or remembered.
 
 function startDrop() {
-  const zone = $("drop");
   const file = $("drop-file");
   $("drop-choose").addEventListener("click", () => file.click());
   file.addEventListener("change", () => {
@@ -90,25 +94,27 @@ function startDrop() {
     if ($("paste").returnValue === "use" && text.trim()) load(new Blob([text]), "Pasted text.txt");
   });
   const panel = $("ask");
+  const place = $("ask-document");
   const holdsFiles = (event) => [...event.dataTransfer.types].includes("Files");
   for (const kind of ["dragenter", "dragover"]) {
     panel.addEventListener(kind, (event) => {
       if (!holdsFiles(event)) return;
       event.preventDefault();
-      zone.classList.add("over");
+      place.classList.add("over");
     });
   }
   panel.addEventListener("dragleave", (event) => {
-    if (!panel.contains(event.relatedTarget)) zone.classList.remove("over");
+    if (!panel.contains(event.relatedTarget)) place.classList.remove("over");
   });
   // A file that misses the tab must not replace the page.
   for (const kind of ["dragover", "drop"]) {
     addEventListener(kind, (event) => holdsFiles(event) && event.preventDefault());
   }
   panel.addEventListener("drop", (event) => {
-    zone.classList.remove("over");
-    const [dropped] = event.dataTransfer.files;
+    place.classList.remove("over");
+    const [dropped, ...others] = event.dataTransfer.files;
     if (dropped) load(dropped, dropped.name);
+    if (others.length) toast("One document at a time: the first was taken");
   });
   addEventListener("paste", (event) => {
     if (panel.hidden || doc || event.target.matches?.("input, textarea")) return;
@@ -117,47 +123,76 @@ function startDrop() {
   });
 }
 
-/** Take a file: the server reads it, makes text of it and counts its tokens. */
+/**
+ * Take a file: the server makes text of it, and counts its tokens as it goes. The former document
+ * stays until this one is read; so it does if it cannot be.
+ */
 async function load(blob, name) {
-  const problem = $("drop-problem");
-  const most = theSession()?.limits.document_bytes ?? Infinity;
-  problem.textContent = "";
-  putAway();
-  $("drop").classList.add("busy");
-  $("drop-progress").textContent = `Reading ${name}`;
+  loading?.abort();
+  const mine = (loading = new AbortController());
+  complain("");
+  showLoading(name);
   announce(`Reading ${name}`);
   try {
-    if (blob.size > most)
-      throw new ApiError(413, `${name} has more than the ${most} bytes that the server takes.`);
-    const told = await extracted(blob, name);
-    const pages = told.page_starts && inUtf16(told.text, told.page_starts);
+    const told = await extracted(blob, name, { signal: mine.signal, onPiece: showPiece });
+    if (loading !== mine) return;
     doc = {
       id: newId(),
       name: told.title || name,
       text: told.text,
-      tokens: told.tokens,
-      model: theState()?.model?.name,
-      pageStarts: pages,
-      warnings: told.warnings ?? [],
+      pageStarts: told.page_starts && inUtf16(told.text, told.page_starts),
+      warnings: told.warnings,
+      ...counted(told),
     };
+    index = null;
+    loading = null;
+    showDocument();
+    talk.begin();
     await keepDocument(doc);
-    claim();
   } catch (error) {
-    problem.textContent = error.message;
-    announce(error.message);
+    if (loading !== mine) return;
+    loading = null;
+    if (error.name !== "AbortError") complain(`${name}: ${error.message}`);
+    showHead();
   }
-  $("drop").classList.remove("busy");
-  showDocument();
-  if (doc) talk.field.focus({ preventScroll: true });
 }
 
-async function extracted(blob, name) {
+/**
+ * The server's text of a file, with what it says of it; `onPiece` hears of each piece as it comes.
+ *
+ * Throws ApiError if the file cannot be read.
+ */
+async function extracted(blob, name, { signal, onPiece }) {
+  const most = theSession()?.limits.document_bytes ?? Infinity;
+  if (blob.size > most) {
+    throw new ApiError(413, `${bytes(blob.size)}; the server takes files of ${bytes(most)} at most.`);
+  }
   const response = await call(`/ui/api/documents?name=${encodeURIComponent(name)}`, {
     method: "POST",
     body: blob,
     type: "application/octet-stream",
+    signal,
   });
-  return response.json();
+  let text = "";
+  for await (const { data } of events(response)) {
+    if (data.document) return { ...data.document, text };
+    text += data.text;
+    onPiece(data);
+  }
+  throw new ApiError(0, "The connection ended before all was read. Drop it again.");
+}
+
+const counted = ({ tokens, prompt_bytes: promptBytes }) => ({
+  tokens,
+  promptBytes,
+  model: theState()?.model?.name,
+});
+
+/** Say why a file was not taken, where the person looks: in the drop zone or over the document. */
+function complain(words) {
+  $("drop-problem").textContent = words;
+  reader.problem.textContent = words;
+  if (words) announce(words);
 }
 
 /** Places counted in characters, as Python counts them, in the UTF-16 units of a page's text. */
@@ -176,8 +211,10 @@ function inUtf16(text, starts) {
 
 function putAway() {
   doc = index = null;
-  talk.begin();
+  complain("");
   showDocument();
+  talk.begin();
+  $("drop-choose").focus();
 }
 
 /** A conversation that has not begun is about the document that lies there. */
@@ -186,45 +223,61 @@ function claim() {
 }
 
 async function reopen(conversation) {
+  loading?.abort();
+  loading = null;
   doc = (await documentOf(conversation.documentId)) ?? null;
   index = null;
+  complain("");
   showDocument();
   await recount();
 }
 
 function showDocument() {
-  $("drop").hidden = Boolean(doc);
-  $("reader").hidden = !doc;
-  if (doc) {
-    reader.show(doc);
-    measure();
-    announce(`${doc.name}: ${reader.facts.textContent}`);
-  }
+  reader.show(doc);
+  showHead();
+  if (doc) announce(`${doc.name}: ${reader.facts.textContent}`);
+}
+
+/** What stands over the document: its own name and size, or those of what is being read. */
+function showHead() {
+  $("drop").hidden = Boolean(doc || loading);
+  $("reader").hidden = !(doc || loading);
+  reader.loading(null);
+  measure();
   talk.refresh();
 }
 
+function showLoading(name) {
+  showHead();
+  reader.loading(name);
+  showPiece({ tokens: 0, share: 0 });
+}
+
+function showPiece(piece) {
+  reader.measure(piece.tokens, longestPrompt(), soFarWords(piece, longestPrompt()));
+}
+
 function measure() {
-  const words = fitWords(doc.tokens, longestPrompt(), doc.text.length);
-  reader.measure(doc.tokens, longestPrompt(), [words, ...doc.warnings].join(" · "));
+  if (!doc || loading) return;
+  const limit = longestPrompt();
+  reader.measure(doc.tokens, limit, fitWords(doc.tokens, limit, doc.text.length));
 }
 
 /** Another model counts otherwise. */
 async function recount() {
   const model = theState()?.model?.name;
-  if (!doc || !model) {
+  if (doc && model && doc.model !== model && theState().status === "ready") {
+    const again = Object.assign(doc, { tokens: null, model });
     talk.refresh();
-    return;
+    try {
+      const onPiece = (piece) => again === doc && !loading && showPiece(piece);
+      Object.assign(again, counted(await extracted(new Blob([again.text]), "text.txt", { onPiece })));
+      await keepDocument(again);
+    } catch (error) {
+      complain(`It could not be counted: ${error.message}`);
+    }
   }
-  if (doc.model !== model && theState().status === "ready") {
-    const counted = doc;
-    Object.assign(counted, { tokens: null, model });
-    measure();
-    talk.refresh();
-    const told = await extracted(new Blob([counted.text]), "text.txt");
-    counted.tokens = told.tokens;
-    await keepDocument(counted);
-  }
-  if (doc) measure();
+  measure();
   talk.refresh();
 }
 

@@ -8,7 +8,7 @@
 import { call, events } from "./api.js";
 import { $, announce, copy, count, h, iconButton, seconds } from "./dom.js";
 import { sampling } from "./params.js";
-import { onState, theSession, theState } from "./session.js";
+import { onState, theSession, theState, tooLarge } from "./session.js";
 import { keepSetting, setting } from "./store.js";
 
 const field = () => $("complete-prompt");
@@ -57,6 +57,11 @@ async function run(kept = [], forced = "") {
   const prompt = field().value + kept.map((token) => token.piece).join("") + forced;
   if (!prompt) {
     say("Write something for the model to go on from.");
+    return;
+  }
+  const refusal = tooLarge(new Blob([prompt]).size);
+  if (refusal) {
+    say(refusal, true);
     return;
   }
   keepSetting("complete-prompt", field().value);

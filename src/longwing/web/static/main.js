@@ -6,9 +6,9 @@ import { startComplete } from "./complete.js";
 import { $ } from "./dom.js";
 import { showEvaluation, startEvaluation } from "./evaluation.js";
 import { showModel, startModel } from "./model.js";
-import { offerTemplates, startParameters } from "./params.js";
+import { offerAdapters, offerTemplates, startParameters } from "./params.js";
 import { showServer } from "./server.js";
-import { onState, refreshState, theProblem } from "./session.js";
+import { onState, refreshState, theNames, theProblem } from "./session.js";
 import { keepSetting } from "./store.js";
 
 /** The tabs in order; those that show what changes are told when they are shown or hidden. */
@@ -106,8 +106,15 @@ function showState(state) {
   const short = words.includes("/") ? words.replace(/\S*\//, "") : words;
   $("model-chip-text").textContent = short;
   chip.title = state ? words : (theProblem()?.message ?? "");
-  if (state?.model) offerTemplates(state.model.templates ?? [], state.model.has_chat_template);
+  if (!state?.model) return;
+  offerTemplates(state.model.templates ?? [], state.model.has_chat_template);
+  if (status !== "ready") return;
+  // A server that will not list its names still answers by its model's.
+  if (state.model.name !== former) theNames().then(offerAdapters, () => {});
+  former = state.model.name;
 }
+
+let former = null; // the model whose names were asked for
 
 startTheme();
 startParameters();

@@ -74,6 +74,7 @@ const NEUTRAL = {
   stop: "",
   template: "",
   system: "",
+  adapter: "",
 };
 
 const PRESETS = {
@@ -96,6 +97,7 @@ export const parameters = () => ({ ...values });
 /** The fields of a request's body; `room` is how many tokens the context leaves for the answer. */
 export function sampling(room = Infinity) {
   const body = { temperature: values.temperature };
+  if (values.adapter) body.model = values.adapter;
   body.max_tokens = Math.max(1, Math.min(values.max_tokens, room));
   for (const { name, draws } of FIELDS) {
     if (name in body || values[name] === NEUTRAL[name]) continue;
@@ -133,6 +135,7 @@ export function startParameters() {
       FIELDS.map(numberField),
       seedField(),
       stopField(),
+      adapterField(),
       templateField(),
       systemField(),
     ),
@@ -188,6 +191,17 @@ let fallback = null;
 /** The template to ask for: null is the model's own. */
 export const template = () => values.template || fallback;
 
+/** The names that the server answers by: the model's, and those of its adapters. */
+export function offerAdapters([model, ...adapters]) {
+  inputs.adapter.replaceChildren(
+    h("option", { value: "" }, `None: ${model}`),
+    ...adapters.map((name) => h("option", { value: name }, name)),
+  );
+  if (!adapters.includes(values.adapter)) values.adapter = "";
+  inputs.adapter.closest(".field").hidden = !adapters.length;
+  refresh();
+}
+
 function set(name, value) {
   values[name] = value;
   keepSetting("parameters", values);
@@ -202,7 +216,7 @@ function refresh() {
     const idle = Boolean(draws && values.temperature === 0);
     field.closest(".field").classList.toggle("idle", idle);
   }
-  for (const name of ["seed", "stop", "template", "system"]) {
+  for (const name of ["seed", "stop", "adapter", "template", "system"]) {
     if (document.activeElement !== inputs[name]) inputs[name].value = values[name];
   }
   inputs.seed.closest(".field").classList.toggle("idle", values.temperature === 0);
@@ -272,7 +286,7 @@ function savePreset(name) {
     toast(name ? `${name} comes with longwing; choose another name` : "A preset needs a name");
     return false;
   }
-  const { seed: _seed, template: _template, system: _system, ...kept } = values;
+  const { seed: _seed, adapter: _adapter, template: _template, system: _system, ...kept } = values;
   saved[name] = kept;
   keepSetting("presets", saved);
   offerPresets();
@@ -356,6 +370,17 @@ const stopField = () =>
     "The answer ends before any of these; one a line, \\n is a line break.",
     h("textarea", { rows: 2, spellcheck: "false" }),
   );
+
+function adapterField() {
+  const field = wordField(
+    "adapter",
+    "Adapter",
+    "What the model was tuned for; the server holds these beside it.",
+    h("select"),
+  );
+  field.hidden = true;
+  return field;
+}
 
 const templateField = () =>
   wordField(

@@ -5,7 +5,7 @@
 // text, which stays as it is. The rail beside it is the whole document in little: it fills while the
 // model reads, and has a mark where each quotation stands.
 
-import { $, announce, count, h, iconButton } from "./dom.js";
+import { announce, count, h, icon, iconButton } from "./dom.js";
 
 const PIECE = 3000; // characters, or to the next line break
 const NARROW = matchMedia("(max-width: 899px)");
@@ -18,7 +18,10 @@ export class Reader {
   constructor(root, { onClose }) {
     this.root = root;
     this.name = h("h2.reader-name");
-    this.facts = h("p.help");
+    this.facts = h("p.help.facts-line");
+    this.notes = h("p.help");
+    this.problem = h("p.error");
+    this.close = iconButton("close", "", onClose);
     this.meter = h("meter.fit", { "aria-label": "Share of the model's context", min: 0, max: 1 });
     this.text = h("div.reader-text", { tabindex: "0", role: "region", "aria-label": "Document" });
     this.read = h("div.rail-read");
@@ -42,14 +45,9 @@ export class Reader {
         "div.bar",
         {},
         this.name,
-        h(
-          "div.row",
-          {},
-          this.toggle,
-          iconButton("close", "Put this document away", onClose, { word: false }),
-        ),
+        h("div.row", {}, this.toggle, this.close),
       ),
-      h("div.reader-facts", {}, this.meter, this.facts),
+      h("div.reader-facts", {}, this.meter, this.facts, this.notes, this.problem),
       h(
         "div.reader-body",
         {},
@@ -60,16 +58,27 @@ export class Reader {
     );
   }
 
-  /** Show a document: {name, text, pageStarts}. */
+  /** Show a document: {name, text, pageStarts, warnings}; null: none. */
   show(document_) {
     this.#document = document_;
-    this.name.textContent = document_.name;
     this.#pieces = [];
-    this.text.replaceChildren(...this.#cut(document_.text));
+    this.text.replaceChildren(...this.#cut(document_?.text ?? ""));
     this.text.scrollTop = 0;
+    this.notes.textContent = (document_?.warnings ?? []).join(" · ");
     this.quotes([]);
     this.reading(0, 0);
     this.expand(false);
+    this.loading(null);
+  }
+
+  /** Another file of this name is being read: the head tells of it, the text stays. null: no more. */
+  loading(name) {
+    this.name.textContent = name ?? this.#document?.name ?? "";
+    this.root.classList.toggle("loading", name !== null);
+    this.root.setAttribute("aria-busy", String(name !== null));
+    const label = name === null ? "Put this document away" : "Stop reading this file";
+    this.close.setAttribute("aria-label", label);
+    this.close.title = label;
   }
 
   #cut(text) {
@@ -85,13 +94,14 @@ export class Reader {
     return made;
   }
 
-  /** Say how long the document is; `limit` tokens are what a prompt may have. */
+  /** Say how long the document is, or is so far; `limit` tokens are what a prompt may have. */
   measure(tokens, limit, words) {
     const share = Number.isFinite(limit) && tokens !== null ? tokens / limit : 0;
+    const isOver = share >= 1;
     this.meter.value = Math.min(share, 1);
-    this.meter.classList.toggle("over", share > 1);
-    this.facts.classList.toggle("error", share > 1);
-    this.facts.textContent = words;
+    this.meter.classList.toggle("over", isOver);
+    this.facts.classList.toggle("error", isOver);
+    this.facts.replaceChildren(...(isOver ? [icon("warning"), words] : [words]));
   }
 
   /** Fill the rail: `done` of `total` tokens are read. */
@@ -180,14 +190,19 @@ export class Reader {
 
 /** How a document fits: words for its line of facts. */
 export function fitWords(tokens, limit, characters) {
-  if (tokens === null) return `${count(characters)} characters, counting tokens`;
-  const size = `${count(tokens)} of ${count(limit)} tokens`;
-  if (!Number.isFinite(limit)) return `${count(tokens)} tokens`;
-  if (tokens >= limit) {
-    return `${size}: ${count(tokens - limit + 1)} too many. Load the model with a longer context, or drop a shorter document.`;
-  }
-  return `${size} · ${count(characters)} characters`;
+  if (tokens === null) return `${count(characters)} characters, not counted yet`;
+  const more = tokens >= limit ? tooMany(tokens, limit) : `${count(characters)} characters`;
+  return `${ofLimit(tokens, limit)} · ${more}`;
 }
 
-/** The element with the drop zone, shown while there is no document. */
-export const dropZone = () => $("drop");
+/** The same while it is read: {tokens, share, page, pages}. */
+export function soFarWords({ tokens, share, page, pages }, limit) {
+  const place = pages ? `page ${page} of ${pages}` : `${Math.round(100 * share)} %`;
+  const more = tokens >= limit ? `${tooMany(tokens, limit)} already · ` : "";
+  return `${ofLimit(tokens, limit)} · ${more}reading, ${place}`;
+}
+
+const ofLimit = (tokens, limit) =>
+  Number.isFinite(limit) ? `${count(tokens)} of ${count(limit)} tokens` : `${count(tokens)} tokens`;
+
+const tooMany = (tokens, limit) => `${count(tokens - limit + 1)} too many`;

@@ -193,8 +193,9 @@ function chart({ title, unit, series, top, now }) {
     ),
   );
   let plot = null;
+  // Seconds before now, so that the marks are round and the last one is now.
   const data = () => [
-    times,
+    times.map((time) => time - times.at(-1)),
     ...series.map(([, , value]) => samples.map((one) => (one ? value(one) : null))),
   ];
   const limit = () => top?.(samples.findLast((one) => one) ?? {}) || null;
@@ -220,9 +221,9 @@ function chart({ title, unit, series, top, now }) {
         height: HEIGHT,
         legend: { show: false },
         cursor: { show: false },
-        padding: [8, 8, 0, 0],
+        padding: [8, 22, 0, 0],
         scales: {
-          x: { time: false, range: (_, low, high) => [Math.min(low, high - 60), high] },
+          x: { time: false, range: (_, low) => [Math.min(low ?? 0, -60), 0] },
           y: { range: (_, low, high) => [0, limit() ?? Math.max(1, high * 1.1)] },
         },
         axes: [
@@ -230,7 +231,7 @@ function chart({ title, unit, series, top, now }) {
             ...axis,
             grid: { show: false },
             size: 24,
-            values: (u, marks) => marks.map((mark) => ago(u.scales.x.max - mark)),
+            values: (_, marks) => marks.map((mark) => ago(-mark)),
           },
           {
             ...axis,

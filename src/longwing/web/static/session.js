@@ -4,6 +4,7 @@
 // second, else every ten, and only while the page is seen.
 
 import { get } from "./api.js";
+import { count } from "./dom.js";
 
 const listeners = new Set();
 let state = null;
@@ -21,6 +22,14 @@ export const longest = () => state?.model?.max_total_len ?? Infinity;
 
 /** Tokens that a prompt may have. */
 export const longestPrompt = () => state?.model?.max_input_len ?? Infinity;
+
+/** Why a request of so many bytes cannot be sent, or "" if it can. */
+export function tooLarge(size) {
+  const most = session?.limits.payload_bytes ?? Infinity;
+  if (size <= most) return "";
+  const enough = Math.ceil((1.05 * size) / 1e5) * 1e5;
+  return `A prompt of ${count(size)} bytes is more than the ${count(most)} that the server takes. Start it with --payload-limit ${enough}, or ask about less.`;
+}
 
 /** Call `listener(state)` now, if there is a state, and each time it is heard of. */
 export function onState(listener) {
@@ -44,6 +53,12 @@ export async function refreshState({ quiet = false } = {}) {
 }
 
 let problem = null;
+
+/** The names that requests may ask for: the model's own first, then its adapters'. */
+export async function theNames() {
+  const { data } = await get("/v1/models", { quiet: true });
+  return data.map(({ id }) => id);
+}
 
 /** Why there is no state: an ApiError. */
 export const theProblem = () => problem;
