@@ -9,6 +9,8 @@ then asks over HTTP, a third of the requests streaming:
     scale      one replica, then three, then one again, under load
     affinity   documents, several questions each, one after another from many clients; a request
                found its document if the engine had most of it in its prefix cache
+    eval       an evaluation's cases over two workers, one of which is killed (spread.py)
+    quantize   calibration samples over two workers
 
 Every answer is compared with the one given at rest. `lost`: no answer, or a wrong one, of a request
 that had not begun to stream. `cut`: streams that had begun and ended with an error in words.
@@ -34,6 +36,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 import httpx2
 import ray
+import spread
 from ray import serve
 from ray.cluster_utils import Cluster
 from transformers import FalconConfig
@@ -47,7 +50,7 @@ from tiny import COMMON, save_model, write_tokenizer
 
 PORT = 8193
 NAME = "longwing"
-PARTS = ("kill", "scale", "affinity")
+PARTS = ("kill", "scale", "affinity", "eval", "quantize")
 
 
 def main() -> None:
@@ -122,8 +125,10 @@ class Bench:
     async def scale(self, requests: int) -> dict[str, Any]:
         """1, 3, 1 replicas; the load goes on until the last change is done."""
         await self.deploy(1)
+        front = _actors("front")
         changes = {requests // 4: lambda: self.deploy(3), requests // 2: lambda: self.deploy(1)}
-        return await self._load(requests, changes)
+        row = await self._load(requests, changes)
+        return {**row, "front_stayed": _actors("front") == front}
 
     async def affinity(self, requests: int) -> dict[str, Any]:
         """Follow-up questions: how many found their document read."""
@@ -151,6 +156,14 @@ class Bench:
                 self.clients // 3, [lambda text=text: read(client, text) for text in texts]
             )
         return {"follow_ups": found.total(), "found": found[True] / found.total()}
+
+    async def eval(self, requests: int) -> dict[str, Any]:
+        """Workers that answer an evaluation."""
+        return await asyncio.to_thread(spread.evaluated, self.model, max(requests // 10, 4))
+
+    async def quantize(self, _requests: int) -> dict[str, Any]:
+        """Workers that hold calibration samples."""
+        return await asyncio.to_thread(spread.quantized, self.model)
 
     async def _load(
         self, requests: int, changes: dict[int, Callable[[], Awaitable[None]]]
@@ -219,12 +232,7 @@ class Bench:
         return str(answer.raise_for_status().json()["generated_text"])
 
     async def _kill_one(self) -> None:
-        names = [
-            entry["name"]
-            for entry in ray.util.list_named_actors(all_namespaces=True)
-            if f"{NAME}#engines#" in entry["name"]
-        ]
-        ray.kill(ray.get_actor(names[0], namespace="serve"))
+        ray.kill(ray.get_actor(_actors("engines")[0], namespace="serve"))
 
     def _text(self, words: int) -> str:
         return " ".join(f"{self.dice.randrange(1000)}" for _ in range(words))
@@ -232,6 +240,12 @@ class Bench:
     def _client(self) -> httpx2.AsyncClient:
         limits = httpx2.Limits(max_connections=None)
         return httpx2.AsyncClient(base_url=f"http://127.0.0.1:{PORT}", timeout=120.0, limits=limits)
+
+
+def _actors(deployment: str) -> list[str]:
+    """The names of a deployment's replicas."""
+    names = [entry["name"] for entry in ray.util.list_named_actors(all_namespaces=True)]
+    return sorted(name for name in names if f"{NAME}#{deployment}#" in name)
 
 
 def _model(folder: Path) -> Path:

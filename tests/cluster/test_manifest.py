@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -49,7 +50,11 @@ def test_kuberay_file_deploys_what_was_said() -> None:
     assert container["resources"]["limits"]["nvidia.com/gpu"] == 1
 
 
-def test_compose_file_runs_serve_with_the_same_flags(tiny_folder: Callable[[str], Path]) -> None:
+def test_compose_file_runs_serve_with_the_same_flags(
+    tiny_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The verb sets up the logging of its process, for good; this one is the tests'.
+    monkeypatch.setattr(import_module("longwing.cli.serve"), "log_to", lambda: None)
     folder = tiny_folder("falcon-40b")
     words = ["deploy", str(folder), "--write", "compose", "--max-draft", "0", "--port", "9000"]
     done = CliRunner().invoke(app, [*words, "--enable-prefill-logprobs", "--context", "128"])

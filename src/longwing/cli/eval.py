@@ -3,20 +3,28 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from longwing.checkpoint import Checkpoint
+from longwing import tiny
 from longwing.cli.console import AsJson, note, print_json, print_rows, progress, warn
-from longwing.cli.eval_engine import BatchedModel, load_batches
-from longwing.cli.eval_model import LocalModel
+from longwing.cli.eval_engine import BatchedModel, open_model
 from longwing.cli.eval_served import ServedModel
 from longwing.cli.generate import TemplateOption
-from longwing.cli.loading import load_generator
-from longwing.cli.options import LoadOptions, ModelArgument, filled_by, find_model, length
-from longwing.demo import DEMO_NAME
+from longwing.cli.options import (
+    DEFAULT_MODEL,
+    LoadOptions,
+    ModelArgument,
+    filled_by,
+    find_model,
+    length,
+)
+from longwing.cli.spread import cluster_variables, spread_model
+from longwing.cluster.options import SpreadOptions
+from longwing.cluster.pool import EnginePool
 from longwing.errors import EvalError
 from longwing.evals.charts import column_name
 from longwing.evals.journal import Run
@@ -34,10 +42,11 @@ Lengths = Annotated[
 ]
 
 
+@filled_by(SpreadOptions, "Cluster", variables=cluster_variables)
 @filled_by(LoadOptions, "Loading")
 def evaluate(
     *,
-    model: ModelArgument = DEMO_NAME,
+    model: ModelArgument = DEFAULT_MODEL,
     tasks: Annotated[str, typer.Option(help=f"Some of {','.join(TASKS)}.")] = "lines,passkey",
     lengths: Lengths = None,
     depths: Annotated[
@@ -94,16 +103,19 @@ def evaluate(
     concurrency: Annotated[
         int,
         typer.Option(
-            min=1, max=1024, help="Questions at a time; a loaded model answers them in batches."
+            min=1,
+            max=1024,
+            help="Questions at a time, which a loaded model answers in batches; with --ray, each.",
         ),
     ] = 1,
     as_json: AsJson = False,
     load: LoadOptions,
+    spread: SpreadOptions,
 ) -> None:
     """Measure retrieval, comprehension and loss by input length, on a model or a server.
 
     Interrupt it as you like: with --out nothing finished is asked again. `longwing report` draws
-    what --out holds.
+    what --out holds. With --ray many engines answer, and the record is the same.
 
     Examples:
       longwing eval models/falcon --tasks lines,passkey --lengths 4k,8k,16k --out runs/falcon.jsonl
@@ -123,13 +135,14 @@ def evaluate(
         **_data(data or []),
     )
     if url is None:
-        opened = _loaded(model, name, template, load, concurrency)
+        opened = _loaded(model, name, template, load, concurrency, spread)
+    elif spread.ray:
+        raise typer.BadParameter("--url asks a server, which --ray does not change; leave it out")
     else:
         opened = _served(url, model, name, template, load, api_key)
     with opened as asked, progress("evaluating") as advance:
-        done = run_plan(
-            asked, plan, out, concurrency=concurrency, restart=restart, progress=advance
-        )
+        at_once = asked.concurrency if isinstance(asked, EnginePool) else concurrency
+        done = run_plan(asked, plan, out, concurrency=at_once, restart=restart, progress=advance)
     if as_json:
         print_json(_facts(done))
     else:
@@ -141,19 +154,29 @@ def evaluate(
 
 @contextmanager
 def _loaded(
-    model: str, name: str | None, template: str, load: LoadOptions, concurrency: int
+    model: str,
+    name: str | None,
+    template: str,
+    load: LoadOptions,
+    concurrency: int,
+    spread: SpreadOptions,
 ) -> Iterator[Model]:
-    """A folder loaded here: the plain path, or the engine for several questions at a time."""
+    """A folder loaded here, or in every worker of a cluster."""
     folder = find_model(model)
-    quant = Checkpoint.open(folder).quant
-    quantization = None if quant is None else f"{quant.bits}-bit, group {quant.group_size}"
-    shown = name or folder.name
-    if concurrency == 1:
-        yield LocalModel(load_generator(folder, load), shown, template, quantization)
+    shown = name or (tiny.NAME if folder == tiny.FOLDER else folder.name)
+    make = partial(open_model, folder.absolute(), shown, template, load, concurrency)
+    if spread.ray:
+        with spread_model(
+            spread, make, folder, template, device=load.device, per_worker=concurrency
+        ) as pool:
+            yield pool
         return
-    engine = load_batches(folder, load, concurrency)
-    with BatchedModel(engine, shown, template, quantization) as batched:
-        yield batched
+    asked = make()
+    if isinstance(asked, BatchedModel):
+        with asked:
+            yield asked
+    else:
+        yield asked
 
 
 @contextmanager
@@ -167,8 +190,8 @@ def _served(
 ) -> Iterator[Model]:
     """A server; what is for a folder is refused."""
     idle = [key for key, value in asdict(load).items() if value not in (None, "auto")]
-    if idle or model != DEMO_NAME:
-        given = "a MODEL" if model != DEMO_NAME else f"--{idle[0]}"
+    if idle or model != DEFAULT_MODEL:
+        given = "a MODEL" if model != DEFAULT_MODEL else f"--{idle[0]}"
         raise typer.BadParameter(
             f"--url asks a server, which {given} does not change; leave it out"
         )

@@ -15,8 +15,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
+from longwing.checkpoint import Checkpoint
 from longwing.cli.console import progress
 from longwing.cli.eval_model import LocalModel
+from longwing.cli.loading import load_generator
 from longwing.cli.options import LoadOptions
 from longwing.engine.engine import Engine
 from longwing.engine.events import Event, Failed, Finished, Step
@@ -158,6 +160,17 @@ class BatchedModel(LocalModel):
             del self._questions[name]
             kind = RequestError if event.kind == "request" else EngineError
             question.asked.set_exception(kind(event.message))
+
+
+def open_model(
+    folder: Path, name: str, template: str, load: LoadOptions, concurrency: int
+) -> LocalModel:
+    """A folder's model: on the plain path, or an engine for several questions at a time."""
+    quant = Checkpoint.open(folder).quant
+    quantization = None if quant is None else f"{quant.bits}-bit, group {quant.group_size}"
+    if concurrency == 1:
+        return LocalModel(load_generator(folder, load), name, template, quantization)
+    return BatchedModel(load_batches(folder, load, concurrency), name, template, quantization)
 
 
 def load_batches(folder: Path, load: LoadOptions, concurrency: int) -> Engine:

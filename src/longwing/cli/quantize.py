@@ -1,5 +1,7 @@
 """`longwing quantize`: a dense model folder to a GPTQ folder."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -9,22 +11,28 @@ import typer
 
 from longwing.cli.console import AsJson, note, print_json, print_rows, progress_by_part
 from longwing.cli.options import filled_by, find_model, one_of, size
+from longwing.cli.spread import assembled, cluster_variables
+from longwing.cluster.calibration import SpreadSamples
+from longwing.cluster.options import SpreadOptions
 from longwing.models import DTYPES, find_device
 from longwing.plan import format_size
-from longwing.quant.calibration import make_calibration
+from longwing.quant.calibration import Calibration, make_calibration
 from longwing.quant.estimate import Estimate, estimate
 from longwing.quant.quantize import FORMATS, Quantized, check_source
 from longwing.quant.quantize import quantize as quantize_folder
+from longwing.quant.samples import Samples
 from longwing.quant.spec import QuantSpec
 from longwing.tokenizer import Tokenizer
 
 
+@filled_by(SpreadOptions, "Cluster", variables=cluster_variables)
 @filled_by(QuantSpec, "Method")
 def quantize(
     *,
     model: Annotated[str, typer.Argument(help="The dense model: a folder, or owner/name.")],
     target: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to make.")],
     spec: QuantSpec,
+    spread: SpreadOptions,
     data: Annotated[
         list[Path] | None,
         typer.Option(
@@ -75,7 +83,7 @@ def quantize(
     """Turn a dense model into a GPTQ folder that loads here, in transformers, vLLM and SGLang.
 
     One block is in memory at a time. Interrupt it as you like: the same command goes on where it
-    stopped, and ends in the same bytes.
+    stopped, and ends in the same bytes. With --ray the calibration samples are spread over workers.
 
     Examples:
       longwing quantize models/falcon-7b falcon-7b-4bit --bits 4 --group-size 64
@@ -108,7 +116,8 @@ def quantize(
             long_seqlen=long_seqlen,
             seed=seed,
         )
-    with progress_by_part() as tell:
+    shared = _spread(spread, folder, calibration, spec, where, kind, gpu_memory)
+    with shared as held, progress_by_part() as tell:
         done = quantize_folder(
             folder,
             target,
@@ -119,6 +128,7 @@ def quantize(
             device=where,
             dtype=kind,
             memory=None if gpu_memory is None else size(gpu_memory),
+            samples=held,
             restart=restart,
             progress=tell,
         )
@@ -126,6 +136,33 @@ def quantize(
         print_json(_facts(done))
     else:
         _print(done)
+
+
+@contextmanager
+def _spread(
+    spread: SpreadOptions,
+    folder: Path,
+    calibration: Calibration | None,
+    spec: QuantSpec,
+    device: torch.device,
+    dtype: torch.dtype,
+    gpu_memory: str | None,
+) -> Iterator[Samples | None]:
+    """The samples in the workers of a cluster; None where they stay in this process."""
+    if not spread.ray or calibration is None:
+        yield None
+        return
+    with assembled(spread, device.type) as crew:
+        yield SpreadSamples(
+            crew.hire,
+            crew.size.num,
+            folder.absolute(),
+            calibration,
+            spec,
+            device=device.type,
+            dtype=next(name for name, known in DTYPES.items() if known == dtype),
+            memory=None if gpu_memory is None else size(gpu_memory),
+        )
 
 
 def _estimate_rows(facts: Estimate, device: torch.device) -> list[tuple[str, str]]:

@@ -7,5 +7,8 @@ the replica that has read it (`affinity.py`); a request whose replica dies is as
 (`service.py`). Ray Serve places both, watches them, scales them and replaces them (`deploy.py`).
 Weights never travel through Ray: every replica reads the model folder itself.
 
-Only `front.py`, `router.py`, `replica.py` and `deploy.py` know Ray; the rest is plain Python.
+Beside serving, a cluster lends workers (`worker.py`, `crew.py`): an evaluation asks many engines as
+one model (`pool.py`), and a quantising run spreads its calibration samples (`calibration.py`).
+
+Only `front.py`, `router.py`, `deploy.py` and `crew.py` know Ray; the rest is plain Python.
 """

@@ -5,8 +5,10 @@ starting or draining some; other options replace every replica, one after anothe
 on answering (Ray's rolling update).
 """
 
+import hashlib
 import os
 from collections.abc import AsyncIterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from ray.serve.config import AutoscalingConfig, HTTPOptions, ProxyLocation, Requ
 from ray.serve.handle import DeploymentHandle
 
 from longwing.cluster.affinity import Preference
+from longwing.cluster.crew import join
 from longwing.cluster.front import Front
 from longwing.cluster.manifest import Deployment
 from longwing.cluster.options import DeployOptions
@@ -23,7 +26,6 @@ from longwing.cluster.replica import Frame, Replica
 from longwing.cluster.router import PrefixRouter
 from longwing.engine.options import EngineOptions
 from longwing.engine.service import EngineService, engine_process
-from longwing.errors import ConfigError
 from longwing.server.options import ServerOptions
 
 ENGINES = "engines"
@@ -78,14 +80,7 @@ def connect(address: str | None, size: DeployOptions, server: ServerOptions) -> 
     Raises:
         ConfigError: there is no cluster at the address.
     """
-    if not ray.is_initialized():
-        try:
-            ray.init(address=address or "local", log_to_driver=False, namespace="longwing")
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            raise ConfigError(
-                f"no Ray cluster at {address}: {error}",
-                remedy="start one with `ray start --head`, or leave --address out",
-            ) from error
+    join(address)
     serve.start(
         proxy_location=ProxyLocation.EveryNode
         if size.proxies == "every"
@@ -136,7 +131,7 @@ def application(what: Deployment) -> serve.Application:
         health_check_period_s=_HEALTH_PERIOD_S,
         request_router_config=RequestRouterConfig(request_router_class=PrefixRouter),
         **scaling,
-    )
+    ).options(version=_version(what.folder, what.engine, drain_s), _internal=True)
     front = serve.deployment(
         serve.ingress()(Front),
         name="front",
@@ -144,7 +139,7 @@ def application(what: Deployment) -> serve.Application:
         max_ongoing_requests=what.server.max_concurrent_requests * 2,
         ray_actor_options={"num_cpus": 0},
         graceful_shutdown_timeout_s=drain_s,
-    )
+    ).options(version=_version(what.folder, what.model_id, what.server), _internal=True)
     return front.bind(
         engines.bind(what.folder, what.engine, drain_s), what.folder, what.model_id, what.server
     )
@@ -157,3 +152,21 @@ def build(args: dict[str, Any]) -> serve.Application:
     """
     keys = tuple(os.environ.get("LONGWING_API_KEYS", "").split())
     return application(Deployment.from_args(args, keys))
+
+
+def _version(*what: object) -> str:
+    """What a replica is made of, of a folder its files: while that is the same, none is replaced.
+
+    Ray has a place for it and no public word. Left to itself it calls every deployment a new one,
+    so that going from one engine to three replaced the one, and the only front as well: requests
+    waited up to 25 s for it.
+    """
+    files = [
+        (file.name, file.stat())
+        for path in what
+        if isinstance(path, Path)
+        for file in path.iterdir()
+    ]
+    stamps = sorted((name, stat.st_size, stat.st_mtime_ns) for name, stat in files)
+    made_of = repr((version("longwing"), stamps, *what))
+    return hashlib.sha256(made_of.encode()).hexdigest()[:16]

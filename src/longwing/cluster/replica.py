@@ -134,4 +134,4 @@ class _Pump:
 
 def info_from_wire(wire: dict[str, Any]) -> EngineInfo:
     """Undo `Replica.info`."""
-    return EngineInfo(**{**wire, "rope_rungs": tuple(wire["rope_rungs"])})
+    return EngineInfo.from_wire(wire)

@@ -16,11 +16,14 @@ import torch
 from longwing.checkpoint import Checkpoint, QuantConfig
 from longwing.errors import CheckpointError, ConfigError
 from longwing.models import DTYPES, ModelConfig, empty_model, not_finite, take_inventory
+from longwing.quant.blocks import Blocks
 from longwing.quant.calibration import Calibration
 from longwing.quant.card import model_card
+from longwing.quant.estimate import working_bytes
 from longwing.quant.folder import layer_reports, report_facts, write_folder
 from longwing.quant.journal import Journal, LayerReport
 from longwing.quant.rotation import check_rotation, rotated
+from longwing.quant.samples import HeldSamples, Samples
 from longwing.quant.spec import QuantSpec
 from longwing.quant.walk import Walk
 
@@ -58,6 +61,7 @@ def quantize(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     memory: int | None = None,
+    samples: Samples | None = None,
     restart: bool = False,
     progress: Progress | None = None,
 ) -> Quantized:
@@ -79,6 +83,8 @@ def quantize(
         device: where to compute.
         dtype: number type to compute the model in; None is float32 on a CPU, bfloat16 on a GPU.
         memory: bytes of a GPU that may be used; what does not fit waits on the host.
+        samples: who holds the samples of `calibration`, if they are spread over other processes;
+            None is this one. The result is the same.
         restart: forget what an interrupted run has done.
         progress: told how far the run is.
 
@@ -101,16 +107,24 @@ def quantize(
     facts = _facts(checkpoint, spec, calibration, chosen, true_sequential, device, dtype, tell)
     with Journal.opened(target, facts, restart=restart) as journal:
         num_resumed = journal.num_done
+        longest = 1 if calibration is None else calibration.longest
+        blocks = Blocks(turned, config, longest=longest, device=device, dtype=dtype)
+        if calibration is None:
+            samples = None
+        elif samples is None:
+            samples = HeldSamples(
+                blocks,
+                calibration.samples,
+                drift=spec.needs_drift,
+                working_bytes=working_bytes(blocks.model, spec, longest, dtype.itemsize),
+                memory=memory,
+            )
         walk = Walk(
-            turned,
-            config,
-            calibration,
+            blocks,
+            samples,
             spec,
             min_zero=1 if chosen == "gptq" else 0,
             true_sequential=true_sequential,
-            device=device,
-            dtype=dtype,
-            memory=memory,
         )
         _run(walk, journal, num_resumed, tell)
         reports = layer_reports(journal, config.num_layers)

@@ -17,7 +17,7 @@ The one idea: the turned model is a `Checkpoint` like any other, whose `read` tu
 passes. Who walks through a model block by block turns it block by block, and knows nothing of it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from types import MappingProxyType
 
@@ -120,10 +120,10 @@ class RotatedCheckpoint(Checkpoint):
     model: ModelConfig
     stream: tuple[Tensor, ...] | None
 
-    def read(self, name: str) -> Tensor:
+    def read(self, name: str, cut: Sequence[slice] | None = None) -> Tensor:
         """As `Checkpoint.read`, turned in float32 or wider and rounded to the tensor's own dtype.
 
-        Holds three copies of the tensor in float32 while it works.
+        Holds three copies of the tensor in float32 while it works, also for a part of it.
         """
         names = self._names
         tensor = self._stored(name)
@@ -138,7 +138,8 @@ class RotatedCheckpoint(Checkpoint):
             wide = turn(wide, self.stream)
         elif self.stream is not None and name == HEAD:
             wide = turn(wide * self._stored(f"{names.NORM}.weight").to(wide), self.stream)
-        return wide.to(tensor.dtype).contiguous()
+        turned = wide.to(tensor.dtype)
+        return (turned if cut is None else turned[tuple(cut)]).contiguous()
 
     @property
     def _names(self) -> type[Decoder]:
