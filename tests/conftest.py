@@ -13,6 +13,8 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from longwing import demo
+from longwing import tiny as longwing_tiny
+from longwing.engine.generator import Generator, load
 from tiny import ARCHITECTURES, save_model, write_tokenizer
 
 
@@ -45,6 +47,18 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pat
         return made[name]
 
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model_folder() -> Path:
+    """longwing-tiny: trained, in 4 bits, with Falcon's tokenizer."""
+    return longwing_tiny.FOLDER
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_model_folder: Path) -> Generator:
+    """longwing-tiny on the plain path, in float32; loaded once."""
+    return load(tiny_model_folder, device="cpu", dtype="float32")
 
 
 @pytest.fixture(scope="session")

