@@ -7,6 +7,11 @@ model as `stream_weights` leaves it, `Runner` with its graphs, logits, greedy sa
 question a step that the host asks. What is not in it: the scheduler, detokenising and the server;
 `longwing bench` has those. Caches are filled with random keys and values.
 
+    python bench/step.py --models falcon-40b --kinds overlap
+
+has them too: the engine's own steps, each one's events written as the server gets them, with the
+host's work on a step done beside the next one and after it, by turns in one run of one batch.
+
 Floors are those of bytes and operations at 4.3 TB/s and 790 TFLOP/s, attention's operations at 55%
 of them in a prefill, as head dimension 64 allows.
 """
@@ -20,22 +25,29 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
+from longwing import tiny
 from longwing.engine.cache import CacheKey
-from longwing.engine.request import SamplingParams
+from longwing.engine.engine import Engine
+from longwing.engine.events import Step, to_wire
+from longwing.engine.options import EngineOptions
+from longwing.engine.request import Request, SamplingParams
 from longwing.engine.runner import Runner
 from longwing.engine.sampler import SamplingState, sample
 from longwing.engine.sequence import Sequence, Work
+from longwing.engine.wire import to_frame
 from longwing.kernels import KVPages, PackedWeight
 from longwing.layers import Linear
 from longwing.models import Decoder, ModelConfig, empty_model
 from longwing.models.prepare import weight_bytes
-from longwing.models.streaming import StreamedLinear, stream_weights
+from longwing.models.streamed_linear import StreamedLinear
+from longwing.models.streaming import stream_weights
+from longwing.tokenizer import Tokenizer
 
 BYTES_PER_MS = 4.3e9
 FLOPS_PER_MS = 790e9
@@ -76,6 +88,7 @@ DECODE = {  # batch, context
     "falcon-7b": [(1, 1024), (1, 24_576)],
 }
 PREFILL = {"falcon-40b": [(24_000, 8192), (24_000, 2048)], "falcon-7b": [(24_000, 8192)]}
+DRAWN: dict[str, Any] = {"temperature": 0.8, "top_p": 0.95, "repetition_penalty": 1.1}
 GOALS_MS = {
     ("falcon-40b", 1, 1024): 6.2,
     ("falcon-40b", 1, 24_576): 7.0,
@@ -113,8 +126,10 @@ class Bench:
         return works
 
 
-def random_model(name: str, bits: int, context: int) -> Decoder:
-    """A model of that shape with random weights, laid out for streaming."""
+def random_model(
+    name: str, bits: int, context: int, before: Callable[[Decoder], object] | None = None
+) -> Decoder:
+    """A model of that shape with random weights, laid out for streaming after `before`."""
     torch.manual_seed(0)
     model = empty_model(ModelConfig.from_hf({**COMMON, **MODELS[name]}), context)
     for path, linear in list(model.linears()):
@@ -130,6 +145,8 @@ def random_model(name: str, bits: int, context: int) -> Decoder:
         setattr(model.get_submodule(owner), leaf, nn.Parameter(numbers.bfloat16(), False))
     model.lm_head.weight = model.embedding.weight
     model.place_tables(torch.device("cuda"))
+    if before is not None:
+        before(model)
     stream_weights(model)
     return model.eval()
 
@@ -185,6 +202,65 @@ def decode(bench: Bench, batch: int, context: int) -> None:
     read = weight_bytes(bench.model) + batch * context * kv_bytes
     goal = GOALS_MS.get((bench.name, batch, context))
     report(bench, f"decode {batch} x {context}", ms, read / BYTES_PER_MS, goal, parts)
+
+
+def overlap(bench: Bench, batch: int, context: int, what: str, settings: dict[str, Any]) -> None:
+    """The engine's steps with overlap and without, in windows by turns; and what the host takes."""
+    runner, turns = bench.runner, 5
+    runner.record_graphs()
+    options = EngineOptions(
+        num_pages=runner.num_pages,
+        page_len=PAGE_LEN,
+        max_batch_tokens=2048,
+        max_sequences=batch,
+        max_draft=0,
+        draft_sequences=0,
+    )
+    tokenizer = Tokenizer.from_folder(tiny.FOLDER)  # Falcon's
+    engine = Engine(bench.model, tokenizer, options, runner=lambda *_, **__: runner)
+    room = 2 * turns * (bench.steps + 2) + batch * (context // 1024 + 2)
+    for place in range(batch):
+        params = SamplingParams(max_new_tokens=room + 64, ignore_eos=True, seed=place, **settings)
+        prompt = tuple(torch.randint(100, 60_000, (context - room // 2,)).tolist())
+        engine.add(str(place), Request(prompt_ids=prompt, params=params))
+    times: dict[bool, list[float]] = {False: [], True: []}
+    with open("/dev/null", "wb") as sink:
+        while len(engine.scheduler.running) < batch or not all(
+            sequence.num_left == 1 for sequence in engine.scheduler.running
+        ):
+            tell(engine, sink)
+        for turn in range(2 * turns):
+            engine._overlaps = bool(turn % 2)
+            for _ in range(2):  # the first of a window belongs to the one before, in part
+                tell(engine, sink)
+            began = time.perf_counter()
+            for _ in range(bench.steps):
+                if tell(engine, sink) != batch:
+                    raise RuntimeError("a step without a token for each")
+            times[engine._overlaps].append((time.perf_counter() - began) * 1e3 / bench.steps)
+    off, on = statistics.median(times[False]), statistics.median(times[True])
+    print(
+        f"{bench.name} overlap {batch} x {context} {what}: {on:.3f} ms with, {off:.3f} without "
+        f"({off - on:+.3f} gained); windows with {spread(times[True])}, without "
+        f"{spread(times[False])}",
+        flush=True,
+    )
+    name = f"overlap {batch} x {context} {what}"
+    bench.record({"model": bench.name, "what": name, "ms": on, "without_ms": off, "times": times})
+
+
+def tell(engine: Engine, sink: IO[bytes]) -> int:
+    """A step, its events written as the worker writes them; the number of tokens it gave."""
+    said = engine.step()
+    steps = [vars(step) for step in engine.take_steps()]
+    wire = [[name, to_wire(event)] for name, event in said]
+    message = {"op": "events", "events": wire, "steps": steps, "stats": vars(engine.stats)}
+    sink.write(to_frame(message))
+    return sum(isinstance(event, Step) for _, event in said)
+
+
+def spread(times: list[float]) -> str:
+    return f"{min(times):.3f} to {max(times):.3f}"
 
 
 def prefill(bench: Bench, length: int, chunk: int) -> None:
@@ -271,7 +347,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--kinds", nargs="+", default=["decode", "prefill"])
+    parser.add_argument("--kinds", nargs="+", default=["decode", "overlap", "prefill"])
     args = parser.parse_args()
     about = {
         "gpu": torch.cuda.get_device_name(),
@@ -313,6 +389,10 @@ def main() -> None:
                         f"{time.perf_counter() - began:.1f} s and {used:.0f} MiB",
                         flush=True,
                     )
+            if "overlap" in args.kinds:
+                for batch, length in DECODE[name]:
+                    overlap(bench, batch, length, "greedy", {})
+                overlap(bench, 1, 1024, "drawn", DRAWN)
             if "prefill" in args.kinds:
                 for length, chunk in PREFILL[name]:
                     prefill(bench, length, chunk)

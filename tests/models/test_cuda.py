@@ -11,7 +11,7 @@ from transformers import FalconConfig
 from gptq_writer import write_gptq
 from longwing.engine.generator import load
 from longwing.errors import CapacityError
-from longwing.models.streaming import StreamedLinear
+from longwing.models.streamed_linear import StreamedLinear
 from tiny import ARCHITECTURES, COMMON, write_tokenizer
 
 pytestmark = [

@@ -68,6 +68,8 @@ def test_streamed_model_gives_the_references_logits(
     blocks = (StreamedFalconBlock, StreamedLlamaBlock)
     assert all(isinstance(block, blocks) for block in fast.model.blocks)
     assert weight_bytes(fast.model) < 1.5 * packed_bytes
+    hand_overs = [getattr(block, "outgoing", None) for block in fast.model.blocks[:-1]]
+    assert all((over is not None) == (name == "falcon-40b") for over in hand_overs)
     found = fast.generate(prompt, **settings)
     for one, other in zip(found.tokens, expected.tokens, strict=True):
         assert one.logprob == pytest.approx(other.logprob, abs=0.03)

@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from longwing.checkpoint import TensorFile, packed_tensors, write_tensor_file
+from longwing.checkpoint.parts import PackedCut, byte_runs, cut_packed
 from longwing.errors import ConfigError
 from longwing.kernels import PackedWeight, dequantize, pack, unpack
 from longwing.models import ModelConfig, empty_model
-from longwing.parallel import PackedCut, Shard, byte_runs, cut_packed, shard_linear
+from longwing.parallel import Shard, shard_linear
 from longwing.plan import known_config
 
 SIZES = (1, 2, 4)
@@ -40,6 +41,11 @@ def shards_of(leaf: str, size: int, num_kv_heads: int = 4) -> list[Shard]:
         shard_linear(f"h.0.{leaf}", *LINEARS[leaf], num_kv_heads, size, rank)
         for rank in range(size)
     ]
+
+
+def cut_of(shard: Shard, bits: int, group_size: int, *, act_order: bool = False) -> PackedCut:
+    whole, ins, outs = shard.in_features, shard.ins, shard.outs
+    return cut_packed(shard.name, whole, ins, outs, bits, group_size, act_order=act_order)
 
 
 def put_together(parts: list[Tensor], shards: list[Shard]) -> Tensor:
@@ -106,7 +112,7 @@ def test_packed_parts_dequantise_to_the_whole_matrix(
     for size in SIZES:
         found_KN = torch.full_like(whole_KN, float("nan"))
         for shard in shards_of(leaf, size):
-            cut = cut_packed(shard, bits, group_size, act_order=act_order)
+            cut = cut_of(shard, bits, group_size, act_order=act_order)
             part = part_of(tensors, cut, bits, group_size)
             found_KN[shard.ins, shard.outs] = dequantize(part, torch.float32)
             whole_scales = cut.scales[0] == slice(0, len(weight.scales_GN))
@@ -125,7 +131,7 @@ def test_published_falcons_split_into_equal_parts_at_4_bits(name: str, size: int
                 layer, linear.in_features, linear.out_features, config.num_kv_heads, size, rank
             )
             if layer != "lm_head":
-                cut_packed(shard, 4, 128, act_order=False)
+                cut_of(shard, 4, 128)
             total += (shard.ins.stop - shard.ins.start) * (shard.outs.stop - shard.outs.start)
     parts = sum(
         linear.in_features * linear.out_features for _, linear in empty_model(config).linears()
@@ -168,7 +174,7 @@ def test_what_cannot_be_split_is_refused_in_words(
 def test_parts_that_end_inside_a_word_are_refused() -> None:
     shard = shard_linear("x.down_proj", 48, 64, 4, 2, 1)
     with pytest.raises(ConfigError, match="whole 32-bit words at 3 bits"):
-        cut_packed(shard, 3, -1, act_order=False)
+        cut_of(shard, 3, -1)
 
 
 def test_a_head_that_does_not_divide_is_whole_everywhere() -> None:
@@ -192,35 +198,31 @@ def test_runs_of_bytes_are_those_of_the_slice(data: st.DataObject) -> None:
     assert runs == sorted(runs)
 
 
-def read_part(file: TensorFile, name: str, cut: tuple[slice, ...]) -> tuple[Tensor, int]:
-    """A part of a stored tensor, and the bytes that were read for it."""
-    info = file.tensors[name]
-    data = bytearray()
-    descriptor = os.open(file.path, os.O_RDONLY)
-    for first, length in byte_runs(info.shape, cut, info.dtype.itemsize):
-        data += os.pread(descriptor, length, info.offset + first)
-    os.close(descriptor)
-    shape = [len(range(size)[piece]) for size, piece in zip(info.shape, cut, strict=True)]
-    return torch.frombuffer(data, dtype=info.dtype).reshape(shape), len(data)
-
-
 @pytest.mark.parametrize("leaf", ["query_key_value", "dense_4h_to_h"])
-def test_a_rank_reads_its_part_of_a_file_and_no_more(leaf: str, tmp_path: Path) -> None:
+def test_a_rank_reads_its_part_of_a_file_and_no_more(
+    leaf: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     weight = random_packed(*LINEARS[leaf], 4, 32, act_order=False)
     tensors = packed_tensors(weight, "gptq")
     write_tensor_file(tmp_path / "model.safetensors", tensors)
     file = TensorFile.open(tmp_path / "model.safetensors")
     num_read = 0
+
+    def counted(descriptor: int, buffers: list[memoryview], offset: int) -> int:
+        nonlocal num_read
+        num_read += (count := preadv(descriptor, buffers, offset))
+        return count
+
+    preadv = os.preadv
+    monkeypatch.setattr(os, "preadv", counted)
     for shard in shards_of(leaf, 4):
-        cut = cut_packed(shard, 4, 32, act_order=False)
+        cut = cut_of(shard, 4, 32)
         for name, piece in (
             ("qweight", cut.qweight),
             ("qzeros", cut.qzeros),
             ("scales", cut.scales),
         ):
-            part, size = read_part(file, name, piece)
-            assert torch.equal(part, tensors[name][piece])
-            num_read += size
+            assert torch.equal(file.read(name, piece), tensors[name][piece])
     assert num_read == sum(tensors[name].nbytes for name in ("qweight", "qzeros", "scales"))
 
 

@@ -7,7 +7,13 @@ The face of the room. `Checkpoint.open` finds the files and checks their headers
 
 from longwing.checkpoint.folder import Checkpoint, write_shards
 from longwing.checkpoint.manifest import MANIFEST, check_manifest, write_manifest
-from longwing.checkpoint.packed import check_packed, packed_names, packed_tensors, read_packed
+from longwing.checkpoint.packed import (
+    check_packed,
+    check_part,
+    packed_names,
+    packed_tensors,
+    read_packed,
+)
 from longwing.checkpoint.paths import read_settings
 from longwing.checkpoint.publish import is_partial, new_file, new_folder
 from longwing.checkpoint.quant_config import QuantConfig
@@ -22,6 +28,7 @@ __all__ = [
     "TensorInfo",
     "check_manifest",
     "check_packed",
+    "check_part",
     "is_partial",
     "new_file",
     "new_folder",

@@ -209,6 +209,16 @@ class Adapter:
             settings = _settings(read_settings(folder, ADAPTER_SETTINGS))
         return cls(path=folder, config=config, layers=MappingProxyType(layers), settings=settings)
 
+    @staticmethod
+    def size(path: Path | str) -> int:
+        """How many numbers an adapter has; reads the header of its tensors alone.
+
+        Raises:
+            CheckpointError: there is no such file, or it is damaged.
+        """
+        file = TensorFile.open(inside(Path(path).absolute(), ADAPTER_TENSORS))
+        return sum(math.prod(info.shape) for info in file.tensors.values())
+
 
 def write_adapter(
     folder: Path,

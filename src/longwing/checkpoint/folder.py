@@ -107,14 +107,18 @@ class Checkpoint:
             raise CheckpointError("no file of the folder holds this tensor", tensor=name)
         return self.shards[name].path.name
 
-    def read(self, name: str) -> Tensor:
-        """The tensor `name`, on the CPU, in memory of its own.
+    def read(self, name: str, cut: Sequence[slice] | None = None) -> Tensor:
+        """The tensor `name`, or a part of it, on the CPU, in memory of its own.
+
+        Args:
+            name: of the tensor.
+            cut: the part, a slice of step 1 for each dimension: no other byte is read. None is all.
 
         Raises:
             CheckpointError: no file holds it, the file changed since `open`, or reading failed.
         """
         self.shard_of(name)
-        return self.shards[name].read(name)
+        return self.shards[name].read(name, cut)
 
 
 def write_shards(

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from longwing.checkpoint.folder import Checkpoint
+from longwing.checkpoint.parts import cut_packed
 from longwing.checkpoint.quant_config import FORMATS, QuantConfig
 from longwing.checkpoint.tensor_file import TensorInfo
 from longwing.errors import CheckpointError
@@ -32,6 +33,7 @@ from longwing.kernels.wna16 import BITS, PackedWeight, pack, unpack
 SUFFIXES = ("qweight", "qzeros", "scales", "g_idx", "bias")
 _REQUIRED = ("qweight", "qzeros", "scales")
 _SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_ALL = slice(None)
 _DAMAGED = "download it again, or quantise the model again"
 
 
@@ -105,33 +107,59 @@ def check_packed(
     return errors
 
 
+def check_part(
+    checkpoint: Checkpoint, name: str, in_features: int, ins: slice, outs: slice
+) -> None:
+    """Refuse a part of a packed layer that cannot be read by itself; reads no data.
+
+    Args:
+        checkpoint: the folder; the layer is one that `check_packed` accepts.
+        name: the layer.
+        in_features: K, of the whole layer.
+        ins: the part's inputs, a run with both ends given.
+        outs: its outputs, likewise.
+
+    Raises:
+        ConfigError: the part's values do not fill whole 32-bit words.
+    """
+    if checkpoint.quant is not None:
+        layout = _layout(_infos(checkpoint, name), in_features, checkpoint.quant)
+        cut_packed(name, in_features, ins, outs, layout.bits, layout.group_size, act_order=False)
+
+
 def read_packed(
-    checkpoint: Checkpoint, name: str, in_features: int, out_features: int, quant: QuantConfig
+    checkpoint: Checkpoint,
+    name: str,
+    in_features: int,
+    out_features: int,
+    quant: QuantConfig,
+    *,
+    ins: slice = _ALL,
+    outs: slice = _ALL,
 ) -> PackedWeight:
-    """Read one packed layer (its bias apart) and check every value that could be wrong.
+    """Read one packed layer (its bias apart), or a part, and check every value that could be wrong.
 
     Args:
         checkpoint: the folder.
         name: the layer.
-        in_features: K.
-        out_features: N.
+        in_features: K, of the whole layer.
+        out_features: N, likewise.
         quant: the folder's settings.
+        ins: inputs of the part; of what belongs to others only g_idx is read.
+        outs: outputs of the part.
 
     Raises:
         CheckpointError: the first fault of `check_packed`; a `g_idx` outside [0, G), or not
             k // group_size although `desc_act` is false; a scale that is negative or not finite.
+        ConfigError: the part's values do not fill whole 32-bit words.
     """
-    names = {
-        suffix: full for suffix, full in packed_names(name).items() if full in checkpoint.tensors
-    }
-    infos = {suffix: checkpoint.tensors[full] for suffix, full in names.items()}
+    infos = _infos(checkpoint, name)
+    names = {suffix: full for suffix, full in packed_names(name).items() if suffix in infos}
     files = {suffix: checkpoint.shard_of(full) for suffix, full in names.items()}
     errors = check_packed(infos, name, in_features, out_features, quant, files)
     if errors:
         raise errors[0]
     layout = _layout(infos, in_features, quant)
-    scales_GN = checkpoint.read(names["scales"])
-    _check_scales(scales_GN, files["scales"], names["scales"])
     g_idx_K = None
     if "g_idx" in names:
         g_idx_K = checkpoint.read(names["g_idx"])
@@ -139,11 +167,25 @@ def read_packed(
         may_permute = quant.desc_act or quant.overrides
         trivial = _check_g_idx(g_idx_K, layout, may_permute, files["g_idx"], names["g_idx"])
         g_idx_K = None if trivial else g_idx_K
-    stored_GN = unpack(checkpoint.read(names["qzeros"]), layout.bits, dim=1)
+    cut = cut_packed(
+        name,
+        in_features,
+        slice(*ins.indices(in_features)[:2]),
+        slice(*outs.indices(out_features)[:2]),
+        layout.bits,
+        layout.group_size,
+        act_order=g_idx_K is not None,
+    )
+    if cut.keeps_g_idx:
+        whole_K = layout.plain_g_idx(in_features) if g_idx_K is None else g_idx_K
+        g_idx_K = whole_K[cut.g_idx].clone()
+    scales_GN = checkpoint.read(names["scales"], cut.scales)
+    _check_scales(scales_GN, cut.scales, files["scales"], names["scales"])
+    stored_GN = unpack(checkpoint.read(names["qzeros"], cut.qzeros), layout.bits, dim=1)
     return PackedWeight(
         bits=layout.bits,
         group_size=layout.group_size,
-        qweight_WN=checkpoint.read(names["qweight"]),
+        qweight_WN=checkpoint.read(names["qweight"], cut.qweight),
         zeros_GN=_true_zeros(stored_GN, layout.bits, quant.checkpoint_format),
         scales_GN=scales_GN,
         g_idx_K=g_idx_K,
@@ -196,6 +238,20 @@ class _Layout:
     group_size: int
     num_groups: int
 
+    def plain_g_idx(self, in_features: int) -> Tensor:
+        """(K,) int32: the group of each input where nothing is permuted."""
+        rows_K = torch.arange(in_features, dtype=torch.int32)
+        return torch.zeros_like(rows_K) if self.group_size == -1 else rows_K // self.group_size
+
+
+def _infos(checkpoint: Checkpoint, name: str) -> dict[str, TensorInfo]:
+    """Suffix -> what the headers say, of those tensors the packed layer has."""
+    return {
+        suffix: checkpoint.tensors[full]
+        for suffix, full in packed_names(name).items()
+        if full in checkpoint.tensors
+    }
+
 
 def _layout(infos: Mapping[str, TensorInfo], in_features: int, quant: QuantConfig) -> _Layout:
     """The settings' layout; with overrides, the one the shapes show, where they show one.
@@ -228,7 +284,7 @@ def _true_zeros(stored_GN: Tensor, bits: int, checkpoint_format: str) -> Tensor:
     return true_GN.to(torch.uint8).contiguous()
 
 
-def _check_scales(scales_GN: Tensor, file: str, tensor: str) -> None:
+def _check_scales(scales_GN: Tensor, cut: tuple[slice, slice], file: str, tensor: str) -> None:
     """Refuse a scale that is negative or not finite.
 
     Zero is right where a writer's scale of a column of almost nothing underflowed in float16: its
@@ -240,7 +296,8 @@ def _check_scales(scales_GN: Tensor, file: str, tensor: str) -> None:
         group, column = (int(index) for index in bad_GN.nonzero()[0])
         raise CheckpointError(
             f"{num_bad} of {bad_GN.numel()} scales are negative or not finite; the first is "
-            f"{scales_GN[group, column].item()} at group {group}, output {column}",
+            f"{scales_GN[group, column].item()} at group {cut[0].start + group}, output "
+            f"{cut[1].start + column}",
             file=file,
             tensor=tensor,
             remedy=_DAMAGED,
@@ -265,8 +322,7 @@ def _check_g_idx(
             tensor=tensor,
             remedy=_DAMAGED,
         )
-    rows_K = torch.arange(len(g_idx_K), dtype=torch.int32)
-    plain_K = torch.zeros_like(rows_K) if layout.group_size == -1 else rows_K // layout.group_size
+    plain_K = layout.plain_g_idx(len(g_idx_K))
     differs_K = g_idx_K != plain_K
     if not bool(differs_K.any()):
         return True

@@ -16,7 +16,7 @@ Source: the safetensors format description and the checks of its `tensor.rs`.
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +25,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
+from longwing.checkpoint.parts import byte_runs
 from longwing.checkpoint.paths import opened
 from longwing.checkpoint.publish import new_file
 from longwing.checkpoint.strict_json import parse_object, show
@@ -131,8 +132,12 @@ class TensorFile:
             stamp=stamp,
         )
 
-    def read(self, name: str) -> Tensor:
-        """The tensor `name`, on the CPU, in memory of its own.
+    def read(self, name: str, cut: Sequence[slice] | None = None) -> Tensor:
+        """The tensor `name`, or a part of it, on the CPU, in memory of its own.
+
+        Args:
+            name: of the tensor.
+            cut: the part, a slice of step 1 for each dimension: no other byte is read. None is all.
 
         Raises:
             CheckpointError: no such tensor; the file changed since it was opened or while it was
@@ -141,17 +146,21 @@ class TensorFile:
         info = self.tensors.get(name)
         if info is None:
             raise CheckpointError("holds no such tensor", file=self.path.name, tensor=name)
-        data = torch.empty(info.nbytes, dtype=torch.uint8)
+        shape, runs = info.shape, [(0, info.nbytes)]
+        if cut is not None:
+            shape = tuple(len(range(n)[piece]) for n, piece in zip(shape, cut, strict=True))
+            runs = list(byte_runs(info.shape, cut, info.dtype.itemsize))
+        data = torch.empty(math.prod(shape) * info.dtype.itemsize, dtype=torch.uint8)
         with opened(self.path, self.path.name) as descriptor:
             self._check_unchanged(descriptor)
-            if info.nbytes:
-                _read_into(descriptor, data.numpy().data, info.offset, self.path.name)
+            if len(data):
+                _read_runs(descriptor, data.numpy().data, info.offset, runs, self.path.name)
             self._check_unchanged(descriptor)
         if info.dtype is torch.bool and bool((data > 1).any()):
             raise CheckpointError(
                 "a BOOL byte is neither 0 nor 1", file=self.path.name, tensor=name, remedy=_AGAIN
             )
-        return data.view(info.dtype).reshape(info.shape)
+        return data.view(info.dtype).reshape(shape)
 
     def _check_unchanged(self, descriptor: int) -> None:
         if _stamp(descriptor) != self.stamp:
@@ -208,6 +217,26 @@ def _stamp(descriptor: int) -> tuple[int, int, int, int]:
     """What tells one state of a file from another: device, inode, bytes, change time in ns."""
     status = os.fstat(descriptor)
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _read_runs(
+    descriptor: int, view: memoryview, offset: int, runs: Sequence[tuple[int, int]], file: str
+) -> None:
+    """Fill `view` with runs of one length, counted from `offset`; many in parts side by side."""
+    first, length = runs[0]
+    if len(runs) == 1:
+        _read_into(descriptor, view, offset + first, file)
+        return
+    at_once = max(PART_BYTES // length, 1)
+
+    def read(begin: int) -> None:
+        for index, (start, _) in enumerate(runs[begin : begin + at_once], begin):
+            piece = view[index * length : (index + 1) * length]
+            _read_part(descriptor, piece, offset + start, file)
+
+    with ThreadPoolExecutor(MAX_READERS) as readers:
+        for _ in readers.map(read, range(0, len(runs), at_once)):
+            pass
 
 
 def _read_into(descriptor: int, view: memoryview, offset: int, file: str) -> None:

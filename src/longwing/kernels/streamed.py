@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from longwing.kernels.even_groups import even_groups
 from longwing.kernels.wna16 import PackedWeight, unpack
 
 CELL_OUT = 32
@@ -49,7 +50,7 @@ class StreamedWeight:
     Attributes:
         bits: 2, 3, 4 or 8.
         group_size: inputs that share a scale here: K, or a multiple of CELL_IN, or 64 or 32.
-        in_features: K.
+        in_features: K, with what fills groups up (`even_groups.py`).
         parts: outputs of each matrix. Each begins at a tile, so N counts padding between them.
         dtype: of the activations.
         words: (N / 32, C, bits, 128) int32, cells as the file's head describes.
@@ -58,6 +59,7 @@ class StreamedWeight:
         zeros: (G, N / 4) int32, the zero points of a lane's four rows in one word; None when every
             zero point is the middle, 2**(bits - 1).
         order_K: the order that activations are brought into first; None for the natural one.
+        num_inputs: of an activation, before that; None is K.
         arrivals: int32 zeros, by which the last program of a tile knows that it is. Every launch
             leaves zeros; so one weight must not be multiplied on two streams at a time.
     """
@@ -72,6 +74,7 @@ class StreamedWeight:
     zeros: Tensor | None
     order_K: Tensor | None
     arrivals: Tensor
+    num_inputs: int | None = None
 
     @property
     def nbytes(self) -> int:
@@ -90,23 +93,25 @@ class StreamedWeight:
 
 def fits(weight: PackedWeight) -> bool:
     """Whether `stream` can lay the weight out. What it cannot is left to the reference."""
-    try:
-        _input_order(weight, _group_size(weight))
-    except ValueError:
-        return False
-    return True
+    return _is_even(weight) or _can_be_even(weight)
 
 
 def stream(parts: Sequence[PackedWeight], dtype: torch.dtype) -> StreamedWeight:
     """Lay out one matrix, or several of the same inputs, for activations of `dtype`.
 
-    On the device where the weights lie. Once, at load: it reads values back to the host.
+    On the device where the weights lie. Once, at load: it reads values back to the host. One
+    matrix may have unequal groups, which are filled up.
 
     Raises:
-        ValueError: unequal or too fine groups, parts that differ in format, or another dtype.
+        ValueError: unequal groups of several matrices, too fine ones, parts that differ in format,
+            or another dtype.
     """
     if dtype not in (torch.float16, torch.bfloat16):
         raise ValueError(f"activations are {dtype}; streamed weights take float16 or bfloat16")
+    if len(parts) == 1 and not _is_even(parts[0]) and _can_be_even(parts[0]):
+        evened, order_K = even_groups(parts[0])
+        num_inputs = parts[0].in_features
+        return replace(stream([evened], dtype), order_K=order_K, num_inputs=num_inputs)
     bits, K = parts[0].bits, parts[0].in_features
     group_size = math.gcd(*(_group_size(part) for part in parts))
     orders = [_input_order(part, group_size) for part in parts]
@@ -187,6 +192,19 @@ def take_outputs(weight: PackedWeight, order_N: Tensor) -> PackedWeight:
         zeros_GN=weight.zeros_GN[:, order_N],
         scales_GN=weight.scales_GN[:, order_N],
     )
+
+
+def _is_even(weight: PackedWeight) -> bool:
+    """Whether inputs come in equal groups that a cell can be cut into, in whatever order."""
+    try:
+        _input_order(weight, _group_size(weight))
+    except ValueError:
+        return False
+    return True
+
+
+def _can_be_even(weight: PackedWeight) -> bool:
+    return weight.g_idx_K is not None and _own_group(weight) >= FINEST_GROUP
 
 
 def _joint_group(parts: Sequence[PackedWeight]) -> tuple[int, bool]:

@@ -307,23 +307,66 @@ def _leave(sums, n, t, T, N, at_ptr):
 
 
 @triton.jit
+def _total(x):
+    """The sum of each column. In float64, so that the order does not show in float32."""
+    return tl.sum(x.to(tl.float64), axis=0)
+
+
+@triton.jit
+def _normed(
+    sums, n, t, T, K, width, stats_ptr, level_ptr, eps, input_tiles, STATS_BLOCK: tl.constexpr
+):
+    """Products of what only has its norm's weights to those of the norm; see `norm_fold.py`."""
+    tile = tl.arange(0, STATS_BLOCK)
+    at = (tile[:, None] * T + t[None, :]) * 2
+    there = (tile < input_tiles)[:, None] & (t < T)[None, :]
+    mean = _total(tl.load(stats_ptr + at, mask=there, other=0.0)) / K
+    square = _total(tl.load(stats_ptr + at + 1, mask=there, other=0.0)) / K
+    scale = tl.rsqrt((square - mean * mean).to(tl.float32) + eps)
+    level = tl.load(level_ptr + n, mask=n < width, other=0.0)
+    return (sums - mean.to(tl.float32)[None, :] * level[:, None]) * scale[None, :]
+
+
+@triton.jit
+def _scale_for(norm_ptr, scaled_ptr, x, n, at, valid, width, number: tl.constexpr):
+    weight = tl.load(norm_ptr + n, mask=n < width, other=0.0).to(tl.float32)
+    tl.store(scaled_ptr + at, (x * weight[:, None]).to(number), mask=valid)
+
+
+@triton.jit
 def _give(
     sums,
     n,
     t,
     T,
+    K,
+    tile,
     width,
+    stats_ptr,
+    level_ptr,
+    eps,
+    input_tiles,
     bias_ptr,
     more_ptr,
     more_stride,
     out_ptr,
     out_stride,
+    norm_ptr,
+    second_norm_ptr,
+    scaled_ptr,
+    next_stats_ptr,
     number: tl.constexpr,
     act: tl.constexpr,
     arrange: tl.constexpr,
+    STATS_BLOCK: tl.constexpr,
 ):
-    """Sums to results: plus a bias, through the activation, plus what was there before."""
+    """Sums to results: normed, plus a bias, through the activation, plus what was there before.
+
+    And, if a norm is to follow, what `_normed` will want.
+    """
     valid = (t < T)[None, :] & (n < width)[:, None]
+    if stats_ptr is not None:
+        sums = _normed(sums, n, t, T, K, width, stats_ptr, level_ptr, eps, input_tiles, STATS_BLOCK)
     if bias_ptr is not None:
         sums += tl.load(bias_ptr + n, mask=n < width, other=0.0).to(tl.float32)[:, None]
     sums = activate(sums, act)
@@ -332,7 +375,18 @@ def _give(
         sums += tl.load(more_ptr + at, mask=valid, other=0.0).to(tl.float32)
     place = arranged(n) if arrange else n
     at = t.to(tl.int64)[None, :] * out_stride + place[:, None]
-    tl.store(out_ptr + at, sums.to(number), mask=valid)
+    rounded = sums.to(number)
+    tl.store(out_ptr + at, rounded, mask=valid)
+    if norm_ptr is not None:
+        x = tl.where(valid, rounded.to(tl.float32), 0.0)
+        at = t.to(tl.int64)[None, :] * width + n[:, None]
+        _scale_for(norm_ptr, scaled_ptr, x, n, at, valid, width, number)
+        if second_norm_ptr is not None:
+            second = scaled_ptr + T.to(tl.int64) * width
+            _scale_for(second_norm_ptr, second, x, n, at, valid, width, number)
+        at = (tile * T + t) * 2
+        tl.store(next_stats_ptr + at, _total(x).to(tl.float32), mask=t < T)
+        tl.store(next_stats_ptr + at + 1, _total(x * x).to(tl.float32), mask=t < T)
 
 
 @triton.jit
@@ -358,6 +412,7 @@ def _merged(n, t, T, N, splits, partial_ptr, at_once: tl.constexpr):
         "chunks",
         "second_from",
         "magic",
+        "input_tiles",
     ]
 )
 def multiply(
@@ -365,9 +420,15 @@ def multiply(
     words_ptr,
     scales_ptr,
     zeros_ptr,
+    stats_ptr,
+    level_ptr,
     bias_ptr,
     more_ptr,
     out_ptr,
+    norm_ptr,
+    second_norm_ptr,
+    scaled_ptr,
+    next_stats_ptr,
     partial_ptr,
     arrivals_ptr,
     T,
@@ -382,6 +443,8 @@ def multiply(
     chunks_per_group,
     second_from,
     magic,
+    eps,
+    input_tiles,
     bits: tl.constexpr,
     number: tl.constexpr,
     groups: tl.constexpr,
@@ -389,6 +452,8 @@ def multiply(
     even: tl.constexpr,
     act: tl.constexpr,
     arrange: tl.constexpr,
+    lone: tl.constexpr,
+    STATS_BLOCK: tl.constexpr,
     split_up: tl.constexpr,
     R: tl.constexpr,
     tokens: tl.constexpr,
@@ -403,14 +468,19 @@ def multiply(
     What is not plain from the names:
 
     - x_ptr: (T, K), or (2, T, K): outputs from `second_from` on read the second.
+    - stats_ptr: (input tiles, T, 2) float32 sums and sums of squares of what the inputs were before
+      a norm's weights, and level_ptr: (N,) float32 products of those; or None.
     - bias_ptr: (N,), added before the activation; or None.
     - more_ptr: (T, out_width), rows more_stride apart, added after it; or None. May be out_ptr.
     - out_ptr: (T, out_width), rows out_stride apart.
+    - norm_ptr, second_norm_ptr: (out_width,) weights of the norms that follow, or None; results
+      times those go to scaled_ptr, (1 or 2, T, out_width), and their sums to next_stats_ptr.
     - partial_ptr: (all_splits, T, N) float32, if split.
     - arrivals_ptr: a zero for each tile, if split; zero again afterwards.
     - first_split, all_splits: where this launch's sums lie among those of the launches whose
       products are added. The last program to arrive may belong to any of them.
     - arrange: results are to be the inputs of a wide product.
+    - lone: T is 1; what the splits left is added by all lanes, many loads at once.
     - groups: scales of a row in a cell: 1, 2 or 4; 0 where one scale serves all inputs.
     - even: K is a multiple of 128.
     - pair: `tokens` is 16, taken as two blocks of 8.
@@ -472,34 +542,35 @@ def multiply(
         arrival = arrivals_ptr + block_T * tl.num_programs(0) + tile
         if tl.atomic_add(arrival, 1, sem="acq_rel") == all_splits - 1:
             tl.debug_barrier()
+            # In their natural order neighbours are read, and written, by one lane.
+            own_n = n if wide else tile * (32 * R) + tl.arange(0, 32 * R)
+            at_once: tl.constexpr = 1 if wide else (16 if lone else 8)
             for i in tl.static_range(2 if pair else 1):
-                own_t = t + 8 * i
-                sums = _merged(n, own_t, T, N, all_splits, partial_ptr, 1 if wide else 4)
+                own_t = tl.arange(0, 1) if lone else t + 8 * i
+                sums = _merged(own_n, own_t, T, N, all_splits, partial_ptr, at_once)
                 _give(
-                    sums,
-                    n,
-                    own_t,
-                    T,
-                    out_width,
-                    bias_ptr,
-                    more_ptr,
-                    more_stride,
-                    out_ptr,
-                    out_stride,
-                    number,
-                    act,
-                    arrange,
-                )
+                    sums, own_n, own_t, T, K, tile, out_width,
+                    stats_ptr, level_ptr, eps, input_tiles,
+                    bias_ptr, more_ptr, more_stride, out_ptr, out_stride,
+                    norm_ptr, second_norm_ptr, scaled_ptr, next_stats_ptr,
+                    number, act, arrange, STATS_BLOCK,
+                )  # fmt: skip
             tl.store(arrival, 0)
     else:
         _give(
-            a, n, t, T, out_width, bias_ptr, more_ptr, more_stride, out_ptr, out_stride,
-            number, act, arrange,
+            a, n, t, T, K, tile, out_width,
+            stats_ptr, level_ptr, eps, input_tiles,
+            bias_ptr, more_ptr, more_stride, out_ptr, out_stride,
+            norm_ptr, second_norm_ptr, scaled_ptr, next_stats_ptr,
+            number, act, arrange, STATS_BLOCK,
         )  # fmt: skip
         if pair:
             _give(
-                b, n, t + 8, T, out_width, bias_ptr, more_ptr, more_stride, out_ptr, out_stride,
-                number, act, arrange,
+                b, n, t + 8, T, K, tile, out_width,
+                stats_ptr, level_ptr, eps, input_tiles,
+                bias_ptr, more_ptr, more_stride, out_ptr, out_stride,
+                norm_ptr, second_norm_ptr, scaled_ptr, next_stats_ptr,
+                number, act, arrange, STATS_BLOCK,
             )  # fmt: skip
 
 

@@ -25,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from longwing.kernels.fused_triton import activate_
+from longwing.kernels.norm_fold import FoldedNorm, Scaled
 from longwing.kernels.streamed import (
     CELL_IN,
     CELL_OUT,
@@ -69,11 +70,13 @@ class Cut:
         tokens: columns of a program's tile: 8 or 16 narrow, 32 or 64 wide.
         splits: programs that share a tile's inputs.
         stages: chunks in flight for each program.
+        panels: of 32 outputs in a tile, a warp for each: 4 or 8. More share a read of the inputs.
     """
 
     tokens: int
     splits: int
     stages: int
+    panels: int = TILE_OUT // CELL_OUT
 
 
 def packed_matmul(
@@ -82,6 +85,7 @@ def packed_matmul(
     cut: Cut | None = None,
     *,
     bias_N: Tensor | None = None,
+    norm: FoldedNorm | None = None,
     act: str = "",
     more_TN: Tensor | None = None,
     out_TN: Tensor | None = None,
@@ -98,6 +102,8 @@ def packed_matmul(
         weight: on the same device.
         cut: None for the one that shapes call for.
         bias_N: added first.
+        norm: x_TK has yet to go through this norm, whose weights it has; for up to NARROW_TOKENS
+            tokens. The norm's bias has to be in bias_N.
         act: an activation by config.json's name, see `fused_triton.ACTIVATIONS`; "" for none.
         more_TN: added last: a residual. May be out_TN.
         out_TN: where the result goes; rows may lie apart. None for a new tensor.
@@ -122,7 +128,9 @@ def packed_matmul(
                 f"a result, or what to add, of {tuple(given_TN.shape)} in {given_TN.dtype}; "
                 f"{(len(x_TK), weight.parts[0])} in {x_TK.dtype} is needed, each row in one piece"
             )
-    after = _After(bias_N=bias_N, act=act, more_TN=more_TN, arrange=arrange)
+    if norm is not None and len(x_TK) > NARROW_TOKENS:
+        raise ValueError(f"a folded norm of {len(x_TK)} tokens; it is for {NARROW_TOKENS} at most")
+    after = _After(bias_N=bias_N, norm=norm, act=act, more_TN=more_TN, arrange=arrange)
     _multiply(x_TK, weight, cut, after, out_TN, beside=beside, arranged=arranged)
     return out_TN
 
@@ -164,9 +172,11 @@ class _After:
     """What a product goes through on its way out; see `packed_matmul`."""
 
     bias_N: Tensor | None = None
+    norm: FoldedNorm | None = None
     act: str = ""
     more_TN: Tensor | None = None
     arrange: bool = False
+    scaled: Scaled | None = None
 
 
 def _multiply(
@@ -196,10 +206,11 @@ def _multiply(
 
 
 def _check_input(x: Tensor, weight: StreamedWeight) -> None:
-    if x.dtype != weight.dtype or weight.in_features != x.shape[-1]:
+    num_inputs = weight.num_inputs or weight.in_features
+    if x.dtype != weight.dtype or num_inputs != x.shape[-1]:
         raise ValueError(
             f"input of {x.shape[-1]} features in {x.dtype}; the weight was laid out for "
-            f"{weight.in_features} in {weight.dtype}"
+            f"{num_inputs} in {weight.dtype}"
         )
 
 
@@ -271,26 +282,36 @@ class SumOfProducts:
 
     Args:
         weights: of one part and one number of outputs; every one must be given its input once.
-        more_TN: added last: a residual.
+        more_TN: added last: a residual, or None.
         out_TN: where the result goes; may be more_TN.
         bias_N: of all together.
+        norms_N: weights of the LayerNorms that follow, one or two, to be folded; for up to
+            NARROW_TOKENS tokens.
+
+    Attributes:
+        scaled: what those norms' products need, once all is added; None without norms.
     """
 
     def __init__(
         self,
         weights: Sequence[StreamedWeight],
-        more_TN: Tensor,
+        more_TN: Tensor | None,
         out_TN: Tensor,
         bias_N: Tensor | None = None,
+        *,
+        norms_N: Sequence[Tensor] = (),
     ) -> None:
         self.weights, self.out_TN = weights, out_TN
-        self._after = _After(bias_N=bias_N, more_TN=more_TN)
+        self.scaled: Scaled | None = None
         self._streams = 0 < len(out_TN) <= STREAM_TOKENS
         if self._streams:
             self._cuts = [choose_cut(weight, len(out_TN), beside=True) for weight in weights]
+            if norms_N:
+                self.scaled = Scaled.like(out_TN, norms_N, self._cuts[0].panels * CELL_OUT)
             self._starts = [0, *accumulate(cut.splits for cut in self._cuts)]
             shape = (self._starts[-1], len(out_TN), weights[0].starts[-1])
             self._partial = out_TN.new_empty(shape, dtype=torch.float32)
+        self._after = _After(bias_N=bias_N, more_TN=more_TN, scaled=self.scaled)
         self._after_first = _After(more_TN=out_TN)
         self._begun = False
 
@@ -347,15 +368,25 @@ def _launch(
     x = x.contiguous()
     T, K = x.shape[-2:]
     N, chunks = weight.starts[-1], weight.words.shape[1]
+    if N % (cut.panels * CELL_OUT):
+        raise ValueError(f"tiles of {cut.panels * CELL_OUT} outputs do not divide {N}")
     groups, chunks_per_group = _groups(weight)
     more_stride = 0 if after.more_TN is None else after.more_TN.stride(0)
+    norm, scaled = after.norm, after.scaled
+    stats, level_N, eps, input_tiles = None, None, 0.0, 1
+    if norm is not None:
+        stats, level_N, eps = norm.stats_ST2, norm.level_N, norm.eps
+        input_tiles = len(stats)
+    norms = (None, None) if scaled is None else (*scaled.weights_D, None)[:2]
+    to = (None, None) if scaled is None else (scaled.scaled_XTD, scaled.stats_ST2)
     with torch.cuda.device_of(x):
-        multiply[(N // TILE_OUT, cut.splits, triton.cdiv(T, cut.tokens))](
+        multiply[(N // (cut.panels * CELL_OUT), cut.splits, triton.cdiv(T, cut.tokens))](
             *(x, weight.words, weight.scales_GN, _zeros(weight)),
-            *(after.bias_N, after.more_TN, out_TN, shared.partial, shared.arrivals),
+            *(stats, level_N, after.bias_N, after.more_TN, out_TN, *norms, *to),
+            *(shared.partial, shared.arrivals),
             *(T, K, N, shared.first_split, shared.all_splits),
             *(out_TN.shape[1], more_stride, out_TN.stride(0), chunks, chunks_per_group),
-            *(weight.starts[1] if x.ndim == 3 else N, MAGIC[x.dtype]),
+            *(weight.starts[1] if x.ndim == 3 else N, MAGIC[x.dtype], eps, input_tiles),
             bits=weight.bits,
             number=NUMBERS[x.dtype],
             groups=groups,
@@ -363,13 +394,15 @@ def _launch(
             even=K % CELL_IN == 0,
             act=after.act,
             arrange=after.arrange,
+            lone=T == 1,
+            STATS_BLOCK=triton.next_power_of_2(input_tiles),
             split_up=shared.all_splits > 1,
-            R=TILE_OUT // CELL_OUT,
+            R=cut.panels,
             tokens=cut.tokens,
             pair=cut.tokens == NARROW_TOKENS,
             wide=wide,
             stages=cut.stages,
-            num_warps=TILE_OUT // CELL_OUT,
+            num_warps=cut.panels,
         )
 
 

@@ -12,10 +12,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longwing.kernels import PackedWeight, StreamedWeight, dequantize, packed_matmul
+from longwing.parallel import Shard
 
 
 class Linear(nn.Module):
-    """x @ weight.T + bias, (T, I) -> (T, O), with a dense or a packed weight."""
+    """x @ weight.T + bias, (T, I) -> (T, O), with a dense or a packed weight.
+
+    Attributes:
+        in_features: I; of a part its own, and so is out_features.
+        out_features: O.
+        shard: which part of a linear this is, where a group shares one; None for all of it.
+    """
 
     weight: nn.Parameter | None
     bias: nn.Parameter | None
@@ -28,6 +35,18 @@ class Linear(nn.Module):
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
         self._bits = self._group_size = 0
         self.streamed: StreamedWeight | None = None
+        self.shard: Shard | None = None
+
+    def take_part(self, shard: Shard) -> None:
+        """Become a part of the whole that it was; before it has been given any values."""
+        self.shard = shard
+        self.in_features = shard.ins.stop - shard.ins.start
+        self.out_features = shard.outs.stop - shard.outs.start
+        if self.weight is not None:
+            self.weight = nn.Parameter(self.weight.new_empty(self.out_features, self.in_features))
+        if self.bias is not None:
+            own_O = self.bias.new_empty(self.out_features)
+            self.bias = nn.Parameter(own_O) if shard.has_bias else None
 
     @property
     def packed(self) -> PackedWeight | None:

@@ -2,7 +2,8 @@
 
 Tuning trains one adapter; serving holds several and picks one for each token. What an adapter's
 files say is `checkpoint/adapter.py`; here it meets a model: `attach` refuses one whose layers or
-shapes are not the model's.
+shapes are not the model's. Blocks that are rebuilt for speed make one product of several linears;
+what adapters add to it is then a `LowRankSum`.
 
 Shape key: T packed tokens, I in features, O out features, R ranks of all adapters together.
 
@@ -15,6 +16,7 @@ graph can hold. (Hu et al., arXiv:2106.09685, section 4.1, for a single one.)
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 import torch.nn.functional as F
@@ -25,18 +27,68 @@ from longwing.checkpoint.strict_json import show
 from longwing.errors import CheckpointError
 from longwing.kernels import PackedWeight, dequantize, packed_matmul
 from longwing.layers.linear import Linear
+from longwing.parallel import Shard
+
+Share = tuple[int, int, float]
+"""Ranks that lie side by side: whose they are (the adapter's index), how many, and the scale."""
 
 
 class AdapterChoice:
-    """Which adapter each token goes through; one object that all layers of a model look at.
-
-    Attributes:
-        of: the adapter's index for all tokens, or (T,) int64 with one for each; -1 is none. Set
-            before a forward pass; a CUDA graph keeps the tensor, so write into it with `copy_`.
-    """
+    """Which adapter each token goes through; one object that all layers of a model look at."""
 
     def __init__(self) -> None:
-        self.of: int | Tensor = 0
+        self._of: int | Tensor = 0
+        self._gates: WeakValueDictionary[tuple[object, ...], Gate] = WeakValueDictionary()
+
+    @property
+    def of(self) -> int | Tensor:
+        """The adapter's index for all tokens, or (T,) with one for each; -1 is none.
+
+        Set before a forward pass, never amid one: what layers need of it is made there and then.
+        In a CUDA graph, set a tensor while it is recorded, and write into that before a replay.
+        """
+        return self._of
+
+    @of.setter
+    def of(self, of: int | Tensor) -> None:
+        self._of = of
+        for gate in self._gates.values():
+            gate.choose(of)
+
+    def gate(self, shares: Sequence[Share], like: Tensor) -> "Gate":
+        """The gate before these ranks; layers with the same ranks share it, so it is made once.
+
+        Args:
+            shares: whose the ranks are, in their order.
+            like: any tensor where the adapters lie, of their number type.
+        """
+        key = (tuple(shares), like.device, like.dtype)
+        gate = self._gates.get(key)
+        if gate is None:
+            gate = self._gates[key] = Gate(shares, like)
+            gate.choose(self._of)
+        return gate
+
+
+class Gate:
+    """Lets a token's own ranks through, times their scale, and closes those of other adapters.
+
+    Attributes:
+        open: (R,) for all tokens, or (T, R): what the ranks are multiplied by.
+    """
+
+    open: Tensor
+
+    def __init__(self, shares: Sequence[Share], like: Tensor) -> None:
+        owners = [index for index, rank, _ in shares for _ in range(rank)]
+        scales = [scale for _, rank, scale in shares for _ in range(rank)]
+        self._owner_R = torch.tensor(owners, dtype=torch.int32, device=like.device)
+        self._scale_R = torch.tensor(scales, dtype=like.dtype, device=like.device)
+
+    def choose(self, of: int | Tensor) -> None:
+        """Open for one adapter, or for that of each token."""
+        own = self._owner_R == (of[:, None] if isinstance(of, Tensor) else of)
+        self.open = own * self._scale_R
 
 
 class LoRALinear(nn.Module):
@@ -52,8 +104,6 @@ class LoRALinear(nn.Module):
 
     A_RI: nn.Parameter
     B_OR: nn.Parameter
-    owner_R: Tensor
-    scale_R: Tensor
 
     def __init__(self, base: Linear, choice: AdapterChoice, like: Tensor) -> None:
         super().__init__()
@@ -62,17 +112,15 @@ class LoRALinear(nn.Module):
         self.in_features, self.out_features = base.in_features, base.out_features
         self.A_RI = nn.Parameter(like.new_empty(0, base.in_features), requires_grad=False)
         self.B_OR = nn.Parameter(like.new_empty(base.out_features, 0), requires_grad=False)
-        self.register_buffer("owner_R", like.new_empty(0, dtype=torch.int64))
-        self.register_buffer("scale_R", like.new_empty(0, dtype=torch.float32))
+        self.shares: tuple[Share, ...] = ()
+        self._gate = choice.gate((), like)
 
     def add(self, index: int, A_RI: Tensor, B_OR: Tensor, scale: float) -> None:
         """Lay one more adapter beside those that are there; cast and moved to where they lie."""
         A_new, B_new = A_RI.to(self.A_RI), B_OR.to(self.B_OR)
-        rank = len(A_RI)
         self.A_RI = nn.Parameter(torch.cat((self.A_RI, A_new)), requires_grad=False)
         self.B_OR = nn.Parameter(torch.cat((self.B_OR, B_new), 1), requires_grad=False)
-        self.owner_R = torch.cat((self.owner_R, self.owner_R.new_full((rank,), index)))
-        self.scale_R = torch.cat((self.scale_R, self.scale_R.new_full((rank,), scale)))
+        self._own((*self.shares, (index, len(A_RI), scale)))
 
     def begin(self, rank: int, scale: float, generator: torch.Generator) -> None:
         """Make room for one adapter to be trained, in float32: A at random, B zero.
@@ -85,21 +133,21 @@ class LoRALinear(nn.Module):
         where = self.A_RI.device
         self.A_RI = nn.Parameter(A_RI.to(where))
         self.B_OR = nn.Parameter(torch.zeros(self.out_features, rank, device=where))
-        self.owner_R = torch.zeros(rank, dtype=torch.int64, device=where)
-        self.scale_R = torch.full((rank,), scale, device=where)
+        self._own(((0, rank, scale),))
 
     def forward(self, x_TI: Tensor) -> Tensor:
         """(T, I) -> (T, O)."""
         if torch.is_autocast_enabled(x_TI.device.type):  # once, for the base and the adapter
             x_TI = x_TI.to(torch.get_autocast_dtype(x_TI.device.type))
         out_TO = self._of_base(x_TI)
-        if not len(self.owner_R):
+        if not self.shares:
             return out_TO
-        of = self.choice.of
-        own = self.owner_R == (of[:, None] if isinstance(of, Tensor) else of)
         low_TR = F.linear(x_TI, self.A_RI)
-        low_TR = low_TR * (own * self.scale_R).to(low_TR.dtype)
-        return out_TO + F.linear(low_TR, self.B_OR)
+        return out_TO + F.linear(low_TR * self._gate.open.to(low_TR.dtype), self.B_OR)
+
+    def _own(self, shares: tuple[Share, ...]) -> None:
+        self.shares = shares
+        self._gate = self.choice.gate(shares, self.A_RI)
 
     def _of_base(self, x_TI: Tensor) -> Tensor:
         """The base's output; where a gradient is wanted through packed weights, without them."""
@@ -124,10 +172,68 @@ class _PackedProduct(torch.autograd.Function):
         return grad_TN @ dequantize(ctx.packed, grad_TN.dtype).T, None
 
 
+class LowRankSum(nn.Module):
+    """What adapters add to the outputs of linears of one input, however those were multiplied.
+
+    All ranks of all the linears go down in one product. For inference alone.
+
+    Args:
+        linears: in the order of their outputs; at least one with adapters.
+        orders: for each the order in which its outputs were brought; None is its own.
+    """
+
+    def __init__(
+        self, linears: Sequence[Linear | LoRALinear], orders: Sequence[Tensor | None]
+    ) -> None:
+        super().__init__()
+        adapted = [
+            (place, linear, order_O)
+            for place, (linear, order_O) in enumerate(zip(linears, orders, strict=True))
+            if isinstance(linear, LoRALinear) and linear.shares
+        ]
+        A_RI = torch.cat([linear.A_RI.detach() for _, linear, _ in adapted])
+        self.A_RI = nn.Parameter(A_RI, requires_grad=False)
+        self.ups = nn.ParameterList()
+        self.places: list[tuple[int, int, int]] = []  # which linear, its first rank, past its last
+        shares: list[Share] = []
+        first = 0
+        for place, linear, order_O in adapted:
+            B_OR = linear.B_OR.detach()
+            B_OR = B_OR if order_O is None else B_OR[order_O.to(B_OR.device)]
+            self.ups.append(nn.Parameter(B_OR, requires_grad=False))
+            self.places.append((place, first, first + B_OR.shape[1]))
+            first += B_OR.shape[1]
+            shares += linear.shares
+        self.choice = adapted[0][1].choice
+        self._gate = self.choice.gate(shares, A_RI)
+
+    def add_to(self, outs: Sequence[Tensor], x_TI: Tensor) -> None:
+        """Add to the (T, O) of each linear, in place; they are of the adapters' number type."""
+        low_TR = F.linear(x_TI, self.A_RI) * self._gate.open
+        for B_OR, (place, first, last) in zip(self.ups, self.places, strict=True):
+            outs[place].addmm_(low_TR[:, first:last], B_OR.T)
+
+
+def base_of(linear: Linear | LoRALinear) -> Linear:
+    """The linear without its adapters."""
+    return linear.base if isinstance(linear, LoRALinear) else linear
+
+
+def added_by(
+    linears: Sequence[Linear | LoRALinear], orders: Sequence[Tensor | None] | None = None
+) -> LowRankSum | None:
+    """What the adapters of linears of one input add; None if they have none."""
+    if not any(isinstance(linear, LoRALinear) and linear.shares for linear in linears):
+        return None
+    return LowRankSum(linears, orders or [None] * len(linears))
+
+
 def attach(
     model: nn.Module, adapters: Sequence[Adapter], choice: AdapterChoice | None = None
 ) -> AdapterChoice:
     """Put adapters round a model's linears, in place; the index of each is its place in the list.
+
+    Of a model that ranks share, each takes its part of them.
 
     Returns:
         What chooses between them; at first all tokens go through the first.
@@ -136,13 +242,24 @@ def attach(
         CheckpointError: an adapter has a layer that the model lacks, or one of another shape.
     """
     choice = choice or AdapterChoice()
-    linears = dict(adaptable(model))
+    wholes = {name: base_of(linear).shard or linear for name, linear in adaptable(model)}
     for adapter in adapters:
-        check_fits(adapter, {name: (m.out_features, m.in_features) for name, m in linears.items()})
+        check_fits(adapter, {name: (m.out_features, m.in_features) for name, m in wholes.items()})
     for index, adapter in enumerate(adapters):
         for name, (A_RI, B_OR) in adapter.layers.items():
+            shard = wholes[name]
+            if isinstance(shard, Shard):  # where outputs are summed over ranks, so is what is added
+                A_RI, B_OR = A_RI[:, shard.ins], B_OR[shard.outs]
             wrap(model, name, choice).add(index, A_RI, B_OR, adapter.config.scale)
     return choice
+
+
+def choice_of(model: nn.Module) -> AdapterChoice | None:
+    """What chooses between a model's adapters; None where none is attached."""
+    for module in model.modules():
+        if isinstance(module, LoRALinear | LowRankSum):
+            return module.choice
+    return None
 
 
 def wrap(model: nn.Module, name: str, choice: AdapterChoice) -> LoRALinear:

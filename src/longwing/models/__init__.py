@@ -12,6 +12,7 @@ from longwing.models.loader import (
     load_model,
     with_rope,
 )
+from longwing.models.sharding import check_split
 from longwing.models.values import not_finite
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "Inventory",
     "ModelConfig",
     "Stage",
+    "check_split",
     "empty_model",
     "end_ids",
     "find_device",

@@ -16,6 +16,7 @@ from longwing.errors import RequestError
 from longwing.kernels import AttentionInputs
 from longwing.layers import Embedding, Linear, Rotation
 from longwing.models.config import MAX_POSITION, ModelConfig
+from longwing.parallel import Group
 from longwing.rope import RotaryTables
 
 Stage = tuple[tuple[str, ...], ...]
@@ -30,7 +31,8 @@ class Decoder(nn.Module):
     pages), calibration and tuning (without: one sequence, causal, nothing remembered).
 
     Attributes:
-        config: what the model is.
+        config: what the model is; the whole of it, whatever part of it this is.
+        group: the processes that run it together, each with its part; of one unless it was split.
         context: the longest sequence it is set up for, in tokens.
         rotary: the RoPE tables of that context; None for ALiBi models.
         EMBEDDING, BLOCKS, NORM: where a family keeps its parts, as dotted module names.
@@ -47,6 +49,7 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig, context: int) -> None:
         super().__init__()
         self.config = config
+        self.group = Group()
         if type(context) is not int or not 1 <= context <= MAX_POSITION:
             raise RequestError(
                 f"context is {context!r}; a number of tokens from 1 to {MAX_POSITION:,} is needed"
@@ -63,6 +66,16 @@ class Decoder(nn.Module):
     def blocks(self) -> nn.ModuleList:
         """The decoder blocks, in order; each maps (hidden_TD, rotation, inputs) to hidden_TD."""
         return self.get_submodule(self.BLOCKS)  # type: ignore[return-value]
+
+    @property
+    def num_heads(self) -> int:
+        """Query heads of this part."""
+        return self.config.num_heads // self.group.size
+
+    @property
+    def num_kv_heads(self) -> int:
+        """Key/value heads of this part: what its pages hold."""
+        return self.config.num_kv_heads // self.group.size
 
     @property
     def device(self) -> torch.device:
@@ -106,8 +119,11 @@ class Decoder(nn.Module):
         return norm(hidden_TD)
 
     def logits(self, hidden_TD: Tensor) -> Tensor:
-        """(T, D) -> (T, V) float32."""
-        return self.lm_head(hidden_TD).float()
+        """(T, D) -> (T, V) float32; of a group, the whole row on every rank."""
+        own_TV = self.lm_head(hidden_TD)
+        if own_TV.shape[1] < self.config.vocab_size:
+            own_TV = self.group.all_gather(own_TV, 1)
+        return own_TV.float()
 
     def rotation(self, positions_T: Tensor, inputs: AttentionInputs | None) -> Rotation | None:
         """How each token is turned: as `inputs` says, else by the rung that holds these tokens."""

@@ -1,7 +1,8 @@
 """Falcon-RW, 7B, 40B, 180B and Falcon2-11B.
 
 Three kinds of block: sequential with ALiBi (RW), parallel with one norm (7B, 11B), parallel with
-two (40B, 180B). In a parallel block attention and MLP read the same token and add to one residual.
+two (40B, 180B). In a parallel block attention and MLP read the same token and add to one residual,
+so ranks that share a model meet once in it, and twice in a sequential one.
 
 Shape key: T packed tokens, D model dim, N query heads, K KV heads, H head dim.
 
@@ -16,6 +17,7 @@ from longwing.kernels import AttentionInputs, AttentionSpec, alibi_slopes
 from longwing.layers import Attention, Embedding, Linear, Rotation, activation
 from longwing.models.config import ModelConfig
 from longwing.models.decoder import Decoder, Stage
+from longwing.parallel import Group
 
 
 class Falcon(Decoder):
@@ -54,6 +56,7 @@ class FalconBlock(nn.Module):
             self.post_attention_layernorm = _layer_norm(config)
         self.self_attention = FalconAttention(config, layer)
         self.mlp = FalconMLP(config)
+        self.group = Group()
 
     def forward(
         self, hidden_TD: Tensor, rotation: Rotation | None, inputs: AttentionInputs | None
@@ -61,14 +64,15 @@ class FalconBlock(nn.Module):
         """(T, D) -> (T, D)."""
         if not self.parallel:
             attended_TD = self.self_attention(self.input_layernorm(hidden_TD), rotation, inputs)
-            hidden_TD = hidden_TD + attended_TD
-            return hidden_TD + self.mlp(self.post_attention_layernorm(hidden_TD))
+            hidden_TD = hidden_TD + self.group.all_reduce(attended_TD)
+            mlp_TD = self.mlp(self.post_attention_layernorm(hidden_TD))
+            return hidden_TD + self.group.all_reduce(mlp_TD)
         if self.shared_norm:
             for_attention_TD = for_mlp_TD = self.input_layernorm(hidden_TD)
         else:
             for_attention_TD, for_mlp_TD = self.ln_attn(hidden_TD), self.ln_mlp(hidden_TD)
         attended_TD = self.self_attention(for_attention_TD, rotation, inputs)
-        return hidden_TD + (self.mlp(for_mlp_TD) + attended_TD)
+        return hidden_TD + self.group.all_reduce(self.mlp(for_mlp_TD) + attended_TD)
 
 
 class FalconAttention(nn.Module):
@@ -78,7 +82,7 @@ class FalconAttention(nn.Module):
         super().__init__()
         heads = config.num_heads + 2 * config.num_kv_heads
         self.head_dim = config.head_dim
-        self.groups = (config.num_kv_heads, config.num_heads // config.num_kv_heads + 2)
+        self.group_heads = config.num_heads // config.num_kv_heads + 2
         self.query_key_value = Linear(
             config.hidden_size, heads * config.head_dim, bias=config.qkv_bias
         )
@@ -95,7 +99,7 @@ class FalconAttention(nn.Module):
         self, x_TD: Tensor, rotation: Rotation | None, inputs: AttentionInputs | None
     ) -> Tensor:
         """(T, D) -> (T, D)."""
-        groups = self.query_key_value(x_TD).unflatten(-1, (*self.groups, -1))
+        groups = self.query_key_value(x_TD).unflatten(-1, (-1, self.group_heads, self.head_dim))
         q_TNH = groups[:, :, :-2].flatten(1, 2)
         k_TKH, v_TKH = groups[:, :, -2], groups[:, :, -1]
         return self.dense(self.attention(q_TNH, k_TKH, v_TKH, rotation, inputs))

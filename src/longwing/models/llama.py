@@ -12,6 +12,7 @@ from longwing.kernels import AttentionInputs, AttentionSpec
 from longwing.layers import Attention, Embedding, Linear, RMSNorm, Rotation, activation
 from longwing.models.config import ModelConfig
 from longwing.models.decoder import Decoder
+from longwing.parallel import Group
 
 
 class Llama(Decoder):
@@ -47,13 +48,16 @@ class LlamaBlock(nn.Module):
         self.self_attn = LlamaAttention(config, layer)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
         self.mlp = LlamaMLP(config)
+        self.group = Group()
 
     def forward(
         self, hidden_TD: Tensor, rotation: Rotation | None, inputs: AttentionInputs | None
     ) -> Tensor:
         """(T, D) -> (T, D)."""
-        hidden_TD = hidden_TD + self.self_attn(self.input_layernorm(hidden_TD), rotation, inputs)
-        return hidden_TD + self.mlp(self.post_attention_layernorm(hidden_TD))
+        attended_TD = self.self_attn(self.input_layernorm(hidden_TD), rotation, inputs)
+        hidden_TD = hidden_TD + self.group.all_reduce(attended_TD)
+        mlp_TD = self.mlp(self.post_attention_layernorm(hidden_TD))
+        return hidden_TD + self.group.all_reduce(mlp_TD)
 
 
 class LlamaAttention(nn.Module):

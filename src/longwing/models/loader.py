@@ -1,19 +1,20 @@
 """`load_model`: a folder to a model on a device, or an error before anything is allocated.
 
 Order (cheapest refusal first): settings, then every header, then names, shapes and dtypes against
-what the settings imply, and only then the data, tensor by tensor, with its own checks as it passes.
+what the settings imply, whether a group can share it, and only then the data, tensor by tensor,
+with its own checks as it passes.
 
 The peak in host memory is one tensor above what the model itself keeps there.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from longwing.checkpoint import Checkpoint, QuantConfig, read_packed
+from longwing.checkpoint import Checkpoint, QuantConfig, check_part, read_packed
 from longwing.errors import ConfigError, RequestError
 from longwing.layers import Linear
 from longwing.models.config import ModelConfig
@@ -22,7 +23,9 @@ from longwing.models.falcon import Falcon
 from longwing.models.inventory import Inventory, take_inventory
 from longwing.models.llama import Llama
 from longwing.models.memory import out_of_memory
+from longwing.models.sharding import split
 from longwing.models.values import not_finite
+from longwing.parallel import Group
 from longwing.rope import RopeConfig
 
 Progress = Callable[[int, int], None]
@@ -40,6 +43,7 @@ def load_model(
     rope: RopeConfig | None = None,
     unpack: bool | None = None,
     progress: Progress | None = None,
+    group: Group | None = None,
 ) -> Decoder:
     """Load a model from a folder of safetensors, dense or GPTQ.
 
@@ -54,9 +58,12 @@ def load_model(
             multiplying packed weights means unpacking them each time. Needs 32 / bits times the
             memory in float32.
         progress: called as bytes are read.
+        group: the processes that load it together, each its own part and no more; None is this
+            one alone. `device` is this rank's.
 
     Raises:
         CheckpointError: the folder, a file or a tensor is unusable; says which and why.
+        ConfigError: the group's size does not divide the model.
     """
     device = find_device(device)
     checkpoint = Checkpoint.open(path)
@@ -67,6 +74,9 @@ def load_model(
     inventory = take_inventory(model, checkpoint)
     if inventory.problems:
         raise inventory.problems[0]
+    if group is not None:
+        split(model, group)
+        _check_parts(model, checkpoint, inventory)
     on_cpu = device.type == "cpu"
     if dtype is None:
         dtype = torch.float32 if on_cpu else DTYPES.get(config.dtype, torch.bfloat16)
@@ -84,6 +94,15 @@ def load_model(
         progress(filler.total, filler.total)
     model.place_tables(device)
     return model.eval()
+
+
+def _check_parts(model: Decoder, checkpoint: Checkpoint, inventory: Inventory) -> None:
+    """Refuse a rank's part of the packed linears that could not be read by itself."""
+    linears = dict(model.linears())
+    for name in inventory.packed:
+        shard = linears[name].shard
+        if shard is not None:
+            check_part(checkpoint, name, shard.in_features, shard.ins, shard.outs)
 
 
 def empty_model(config: ModelConfig, context: int | None = None) -> Decoder:
@@ -149,7 +168,8 @@ class Filler:
         self.unpack = unpack
         self.progress = progress
         self.done = 0
-        self.total = sum(info.nbytes for info in checkpoint.tensors.values())
+        stored = sum(info.nbytes for info in checkpoint.tensors.values())
+        self.total = stored // model.group.size
 
     def fill(self, inventory: Inventory, part: str = "") -> None:
         """Read what the inventory names, within a part such as "model.layers.3." or everywhere."""
@@ -160,23 +180,46 @@ class Filler:
                 self._packed(name, linear, self.checkpoint.quant)
         for own, theirs in inventory.dense.items():
             if own.startswith(part):
-                _set(self.model, own, self._dense(theirs))
+                self._dense(own, theirs)
         if inventory.tied and not part:
             self._tie()
 
-    def _dense(self, name: str) -> Tensor:
-        """One tensor, cast and placed; refused when a value is not finite."""
-        tensor = self.checkpoint.read(name)
+    def _dense(self, own: str, name: str) -> None:
+        """One tensor or its part, cast and placed; refused when a value is not finite."""
+        owner, _, leaf = own.rpartition(".")
+        module = self.model.get_submodule(owner)
+        shard = module.shard if isinstance(module, Linear) else None
+        cut: Sequence[slice] | None = None
+        if shard is not None and leaf == "weight":
+            cut = shard.weight()
+        elif shard is not None:
+            if not shard.has_bias:
+                return
+            cut = (shard.bias(),)
+        tensor = self.checkpoint.read(name, cut)
         self._advance(tensor.nbytes)
         cast = tensor.to(self.dtype)
         problem = not_finite(self.checkpoint, name, tensor, cast)
         if problem is not None:
             raise problem
-        return cast.to(self.device)
+        setattr(module, leaf, nn.Parameter(cast.to(self.device), requires_grad=False))
 
     def _packed(self, name: str, linear: Linear, quant: QuantConfig) -> None:
         """One packed linear, kept packed or made dense; its bias is dense and comes by itself."""
-        packed = read_packed(self.checkpoint, name, linear.in_features, linear.out_features, quant)
+        shard = linear.shard
+        if shard is None:
+            ins, outs = linear.in_features, linear.out_features
+            packed = read_packed(self.checkpoint, name, ins, outs, quant)
+        else:
+            packed = read_packed(
+                self.checkpoint,
+                name,
+                shard.in_features,
+                shard.out_features,
+                quant,
+                ins=shard.ins,
+                outs=shard.outs,
+            )
         self._advance(packed.nbytes)
         placed = packed.to(self.device)
         if self.unpack:
@@ -186,8 +229,10 @@ class Filler:
 
     def _tie(self) -> None:
         """Let head and embedding be one tensor, unless the folder holds two that differ."""
-        head = self.model.lm_head.weight
+        head, shard = self.model.lm_head.weight, self.model.lm_head.shard
         embedding = self.model.embedding.weight
+        if shard is not None:
+            embedding = nn.Parameter(embedding[shard.outs], requires_grad=False)
         if head is None or (not head.is_meta and not torch.equal(head, embedding)):
             return
         self.model.lm_head.weight = embedding
@@ -196,12 +241,6 @@ class Filler:
         self.done += nbytes
         if self.progress is not None:
             self.progress(min(self.done, self.total), self.total)
-
-
-def _set(model: nn.Module, name: str, tensor: Tensor) -> None:
-    """Put a tensor in the place of a parameter, by its dotted name."""
-    owner, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=False))
 
 
 ARCHITECTURES: dict[str, type[Decoder]] = {"falcon": Falcon, "llama": Llama}

@@ -33,6 +33,7 @@ from longwing.kernels import (
 )
 from longwing.kernels.cpu import fast_bfloat16, offers_int8
 from longwing.layers import Linear, RMSNorm, Rotation
+from longwing.layers.lora import LoRALinear, LowRankSum, added_by, base_of
 from longwing.models.decoder import Decoder
 from longwing.models.llama import LlamaBlock
 
@@ -96,16 +97,20 @@ def prepare(model: Decoder, weights: str = "fast") -> Decoder:
             model.blocks[index] = FastLlamaBlock(block, forms)
         else:
             _replace_linears(block, forms)
-    head = model.lm_head.weight
-    if head is not None:
-        wide = Int8Weight(head) if forms.head == torch.int8 else DenseWeight(head, forms.head)
-        model.lm_head = FastLinear(CpuWeight(wide=wide, bias_N=model.lm_head.bias))  # type: ignore[assignment]
+    owner, leaf = (model.lm_head, "base") if _is_adapted(model.lm_head) else (model, "lm_head")
+    head = getattr(owner, leaf)
+    if head.weight is not None:
+        int8 = forms.head == torch.int8
+        wide = Int8Weight(head.weight) if int8 else DenseWeight(head.weight, forms.head)
+        setattr(owner, leaf, FastLinear(CpuWeight(wide=wide, bias_N=head.bias)))
     return model
 
 
 def weight_bytes(model: Decoder) -> int:
     """Bytes that a model's weights take, prepared or not."""
-    found = sum(tensor.nbytes for tensor in {*model.parameters(), *model.buffers()})
+    # By storage: a head that a rank shares is a view of its rows of the embedding.
+    stored = [tensor.untyped_storage() for tensor in (*model.parameters(), *model.buffers())]
+    found = sum({storage.data_ptr(): storage.nbytes() for storage in stored}.values())
     matrices = {
         id(part): part.nbytes
         for module in model.modules()
@@ -127,12 +132,35 @@ class FastLinear(nn.Module):
         return self.matrix.matmul(x_TI).to(x_TI.dtype)
 
 
+class AdaptedWeight(nn.Module):
+    """A `CpuWeight` and what adapters add to its product, in a `CpuWeight`'s place.
+
+    Args:
+        matrix: the bases.
+        added: the adapters.
+        sizes: outputs of each linear that the matrix is made of.
+    """
+
+    def __init__(self, matrix: CpuWeight, added: LowRankSum, sizes: Sequence[int]) -> None:
+        super().__init__()
+        self.matrix = matrix
+        self.added = added
+        self.sizes = list(sizes)
+
+    def matmul(self, x_TI: Tensor) -> Tensor:
+        """(T, I) -> (T, O) float32."""
+        out_TO = self.matrix.matmul(x_TI).float()
+        self.added.add_to(out_TO.split(self.sizes, 1), x_TI)
+        return out_TO
+
+
 class FastLlamaBlock(nn.Module):
     """A `LlamaBlock` as about twenty operations, four of them matrix multiplications."""
 
     def __init__(self, block: LlamaBlock, forms: WeightForms) -> None:
         super().__init__()
         attention, mlp = block.self_attn, block.mlp
+        self.group = block.group
         H = self.head_dim = attention.head_dim
         q_size, kv_size = attention.q_proj.out_features, attention.k_proj.out_features
         self.sizes = (q_size + kv_size, kv_size)
@@ -162,9 +190,9 @@ class FastLlamaBlock(nn.Module):
         q_TNH, k_TKH = turned_TNH[:, : self.num_heads], turned_TNH[:, self.num_heads :]
         v_TKH = v_TO.view(T, -1, H)
         attended_TD = self.attention.forward(q_TNH, k_TKH, v_TKH, None, inputs)
-        hidden_TD += self.out.matmul(attended_TD)
+        hidden_TD += self.group.all_reduce(self.out.matmul(attended_TD))
         gate_TF, up_TF = self.gate_up.matmul(self.mlp_norm(hidden_TD)).chunk(2, 1)
-        hidden_TD += self.down.matmul(self.act(gate_TF).mul_(up_TF))
+        hidden_TD += self.group.all_reduce(self.down.matmul(self.act(gate_TF).mul_(up_TF)))
         return hidden_TD
 
 
@@ -190,13 +218,36 @@ def _replace_linears(block: nn.Module, forms: WeightForms) -> None:
     for name, module in list(block.named_modules()):
         if isinstance(module, Linear):
             owner, _, leaf = name.rpartition(".")
-            setattr(block.get_submodule(owner), leaf, FastLinear(_arranged((module,), forms)))
+            setattr(block.get_submodule(owner), leaf, FastLinear(_as_one((module,), forms)))
+
+
+def _is_adapted(linear: nn.Module) -> bool:
+    return isinstance(linear, LoRALinear)
 
 
 def _arranged(
+    linears: Sequence[Linear | LoRALinear], forms: WeightForms, rows_O: Tensor | None = None
+) -> CpuWeight | AdaptedWeight:
+    """Linears that share their input as one matrix, its outputs in the order of rows_O.
+
+    No linear's outputs may leave its place among the others.
+    """
+    sizes = [linear.out_features for linear in linears]
+    matrix = _as_one([base_of(linear) for linear in linears], forms, rows_O)
+    added = added_by(linears, None if rows_O is None else _orders(rows_O, sizes))
+    return matrix if added is None else AdaptedWeight(matrix, added, sizes)
+
+
+def _orders(rows_O: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+    """The order of all outputs as that of each linear's own."""
+    starts = [sum(sizes[:place]) for place in range(len(sizes))]
+    return [own_O - start for own_O, start in zip(rows_O.split(list(sizes)), starts, strict=True)]
+
+
+def _as_one(
     linears: Sequence[Linear], forms: WeightForms, rows_O: Tensor | None = None
 ) -> CpuWeight:
-    """Linears that share their input as one matrix, its outputs in the order of rows_O."""
+    """Linears without adapters as one matrix."""
     parts = [linear.packed for linear in linears]
     narrow = wide = None
     packed = [part for part in parts if part is not None]

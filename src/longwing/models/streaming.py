@@ -13,20 +13,29 @@ and out features of a linear.
 The one idea: a decoder block reads its weights once for a token, and everything else is done on the
 way. Linears that read the same input are one product; what is added to the residual is added by the
 product that gives it; and a Falcon's MLP runs beside its attention, both ending in one sum.
+
+For few tokens the norms between two Falcon blocks are no launches either: they are folded into the
+products before and after them (`kernels/norm_fold.py`).
 """
 
-from collections.abc import Callable, Sequence
-from functools import cache
+from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
-from longwing.kernels import AttentionInputs, PackedWeight, StreamedWeight, chooses_triton
-from longwing.kernels.streamed import fits, stackable, stream, take_outputs
-from longwing.layers import Linear, RMSNorm, Rotation
+from longwing.kernels import AttentionInputs, chooses_triton
+from longwing.kernels.norm_fold import FoldedNorm
+from longwing.kernels.streamed import fits, stackable, stream
+from longwing.layers import Linear, Rotation
+from longwing.layers.lora import LoRALinear, base_of
+from longwing.models.branch import Branch
 from longwing.models.decoder import Decoder
 from longwing.models.falcon import FalconBlock
+from longwing.models.fused_norm import FusedNorm, Handover
 from longwing.models.llama import LlamaBlock
+from longwing.models.streamed_linear import StreamedLinear, packed_of
+from longwing.parallel import Group
 
 
 def stream_weights(model: Decoder) -> int:
@@ -46,7 +55,8 @@ def stream_weights(model: Decoder) -> int:
             model.blocks[index] = _rebuilt(block, dtype)
         else:
             num += sum(_stream_alone(linear, dtype) for linear in linears)
-    num += _stream_alone(model.lm_head, dtype)
+    num += _stream_alone(base_of(model.lm_head), dtype)
+    _hand_over(model.blocks)
     owner, _, leaf = model.NORM.rpartition(".")
     setattr(model.get_submodule(owner), leaf, FusedNorm(model.get_submodule(model.NORM)))
     return num
@@ -56,6 +66,18 @@ def _rebuilt(block: FalconBlock | LlamaBlock, dtype: torch.dtype) -> nn.Module:
     if isinstance(block, FalconBlock):
         return StreamedFalconBlock(block, dtype)
     return StreamedLlamaBlock(block, dtype)
+
+
+def _hand_over(blocks: nn.ModuleList) -> None:
+    """Let each block make for the next one what that one's folded norms need."""
+    for block, following in pairwise(blocks):
+        if (
+            isinstance(block, StreamedFalconBlock)
+            and isinstance(following, StreamedFalconBlock)
+            and block.ends_in_its_sum
+            and following.folds_its_norms
+        ):
+            block.outgoing = following.incoming = Handover(following.norm.weights())
 
 
 def _can_stream(linear: Linear) -> bool:
@@ -72,68 +94,6 @@ def _stream_alone(linear: Linear, dtype: torch.dtype) -> bool:
     return True
 
 
-class StreamedLinear(nn.Module):
-    """A packed linear, or several of one input side by side.
-
-    Args:
-        linears: packed.
-        dtype: of the activations.
-        order_O: outputs in another order; for one linear.
-    """
-
-    bias: nn.Parameter | None
-
-    def __init__(
-        self,
-        linears: Sequence[Linear],
-        dtype: torch.dtype,
-        *,
-        order_O: Tensor | None = None,
-    ) -> None:
-        super().__init__()
-        parts = [_packed(linear) for linear in linears]
-        biases = [None if linear.bias is None else linear.bias.detach() for linear in linears]
-        if order_O is not None:
-            order_O = order_O.to(parts[0].qweight_WN.device)
-            parts = [take_outputs(part, order_O) for part in parts]
-            biases = [None if bias_O is None else bias_O[order_O] for bias_O in biases]
-        self.weight = stream(parts, dtype)
-        bias_O = _bias(biases, self.weight)
-        self.bias = None if bias_O is None else nn.Parameter(bias_O, requires_grad=False)
-
-    def forward(
-        self,
-        x_TI: Tensor,
-        *,
-        act: str = "",
-        more_TO: Tensor | None = None,
-        out_TO: Tensor | None = None,
-        beside: bool = False,
-        arranged: bool = False,
-        arrange: bool = False,
-    ) -> Tensor:
-        """act(x @ weight + bias) + more, (T, I) -> (T, O), for one; see `packed_matmul`."""
-        from longwing.kernels import wna16_triton  # only where there is Triton
-
-        return wna16_triton.packed_matmul(
-            x_TI,
-            self.weight,
-            bias_N=self.bias,
-            act=act,
-            more_TN=more_TO,
-            out_TN=out_TO,
-            beside=beside,
-            arranged=arranged,
-            arrange=arrange,
-        )
-
-    def each(self, x_TI: Tensor) -> tuple[Tensor, ...]:
-        """The (T, O) of each; rows lie apart."""
-        from longwing.kernels import wna16_triton
-
-        return wna16_triton.packed_matmul_many(x_TI, self.weight, bias_N=self.bias)
-
-
 class StreamedFalconBlock(nn.Module):
     """A `FalconBlock` of any kind: parallel with one or two norms, or sequential."""
 
@@ -141,6 +101,7 @@ class StreamedFalconBlock(nn.Module):
         super().__init__()
         attention, mlp = block.self_attention, block.mlp
         self.parallel = block.parallel
+        self.group = block.group
         self.attention = attention.attention
         self.act = mlp.act_name
         if not block.parallel:
@@ -151,12 +112,27 @@ class StreamedFalconBlock(nn.Module):
         else:
             self.norm = FusedNorm(block.ln_attn, block.ln_mlp)
         self.head_dim = attention.head_dim
-        order_O, self.heads = _queries_first(*attention.groups, self.head_dim)
-        self.qkv = StreamedLinear((attention.query_key_value,), dtype, order_O=order_O)
-        self.up = StreamedLinear((mlp.dense_h_to_4h,), dtype)
+        group_heads = attention.group_heads
+        num_groups = attention.query_key_value.out_features // (group_heads * self.head_dim)
+        order_O, self.heads = _queries_first(num_groups, group_heads, self.head_dim)
+        for_attention, for_mlp = self.norm.each() if block.parallel else (None, None)
+        self.qkv = StreamedLinear(
+            (attention.query_key_value,), dtype, order_O=order_O, norm=for_attention
+        )
+        self.up = StreamedLinear((mlp.dense_h_to_4h,), dtype, norm=for_mlp)
         self.attention_out = StreamedLinear((attention.dense,), dtype)
         self.mlp_out = StreamedLinear((mlp.dense_4h_to_h,), dtype)
         self.out_bias = _sum_of_biases(self.attention_out, self.mlp_out) if block.parallel else None
+        # Where adapters or other ranks add to the sum, it is not yet what the next norm reads.
+        self.ends_in_its_sum = (
+            block.parallel
+            and block.group.size == 1
+            and self.attention_out.added is None
+            and self.mlp_out.added is None
+        )
+        self.folds_its_norms = self.qkv.folds and self.up.folds
+        self.incoming: Handover | None = None
+        self.outgoing: Handover | None = None
 
     def forward(
         self, hidden_TD: Tensor, rotation: Rotation | None, inputs: AttentionInputs | None
@@ -165,9 +141,9 @@ class StreamedFalconBlock(nn.Module):
         if self.parallel:
             return self._parallel(hidden_TD, rotation, inputs)
         attended_TD = self._attend(self.qkv(self.norm(hidden_TD)), rotation, inputs)
-        self.attention_out(attended_TD, more_TO=hidden_TD, out_TO=hidden_TD)
+        _add_product(hidden_TD, self.attention_out, attended_TD, self.group)
         up_TF = self.up(self.mlp_norm(hidden_TD), act=self.act)
-        return self.mlp_out(up_TF, more_TO=hidden_TD, out_TO=hidden_TD)
+        return _add_product(hidden_TD, self.mlp_out, up_TF, self.group)
 
     def _parallel(
         self, hidden_TD: Tensor, rotation: Rotation | None, inputs: AttentionInputs | None
@@ -177,15 +153,27 @@ class StreamedFalconBlock(nn.Module):
 
         T = len(hidden_TD)
         outs = (self.attention_out.weight, self.mlp_out.weight)
-        normed = all(wna16_triton.arranges(x.weight, T) for x in (self.qkv, self.up))
-        activated = wna16_triton.arranges(outs[1], T)
-        for_attention_TD, for_mlp_TD = self.norm.both(hidden_TD, arrange=normed)
-        total = wna16_triton.SumOfProducts(outs, hidden_TD, hidden_TD, self.out_bias)
+        scaled = None if self.incoming is None else self.incoming.take()
+        folded: tuple[FoldedNorm | None, FoldedNorm | None] = (None, None)
+        normed = scaled is None and all(_arranges(linear, T) for linear in (self.qkv, self.up))
+        activated = _arranges(self.mlp_out, T) and self.up.added is None
+        if scaled is None:
+            for_attention_TD, for_mlp_TD = self.norm.both(hidden_TD, arrange=normed)
+        else:
+            for_attention_TD, for_mlp_TD = scaled.scaled_XTD[0], scaled.scaled_XTD[-1]
+            folded = self.qkv.folded(scaled), self.up.folded(scaled)
+        alone = self.group.size == 1
+        # Ranks add up what they have before the residual, which each has whole.
+        sum_TD = hidden_TD if alone else torch.empty_like(hidden_TD)
+        more_TD = hidden_TD if alone else None
+        norms_D = () if self.outgoing is None else self.outgoing.norms_for(T)
+        total = wna16_triton.SumOfProducts(outs, more_TD, sum_TD, self.out_bias, norms_N=norms_D)
         up_TF = hidden_TD.new_empty(T, self.up.weight.parts[0])
 
         def mlp() -> None:
             self.up(
                 for_mlp_TD,
+                norm=folded[1],
                 act=self.act,
                 out_TO=up_TF,
                 beside=True,
@@ -196,10 +184,15 @@ class StreamedFalconBlock(nn.Module):
 
         side = Branch(hidden_TD.device)
         side.run(mlp)
-        qkv_TO = self.qkv(for_attention_TD, beside=True, arranged=normed)
-        total.add(0, self._attend(qkv_TO, rotation, inputs))
+        qkv_TO = self.qkv(for_attention_TD, norm=folded[0], beside=True, arranged=normed)
+        attended_TD = self._attend(qkv_TO, rotation, inputs)
+        total.add(0, attended_TD)
         side.join()
-        return hidden_TD
+        if self.outgoing is not None:
+            self.outgoing.scaled = total.scaled
+        self.attention_out.finished(sum_TD, attended_TD)
+        self.mlp_out.finished(sum_TD, up_TF)
+        return hidden_TD if alone else hidden_TD.add_(self.group.all_reduce(sum_TD))
 
     def _attend(
         self, qkv_TO: Tensor, rotation: Rotation | None, inputs: AttentionInputs | None
@@ -214,6 +207,7 @@ class StreamedLlamaBlock(nn.Module):
     def __init__(self, block: LlamaBlock, dtype: torch.dtype) -> None:
         super().__init__()
         attention, mlp = block.self_attn, block.mlp
+        self.group = block.group
         self.head_dim = attention.head_dim
         self.attention = attention.attention
         self.act = mlp.act_name
@@ -235,84 +229,17 @@ class StreamedLlamaBlock(nn.Module):
             for x_TO in _each(self.qkv, self.attention_norm(hidden_TD))
         )
         attended_TD = self.attention(q_TNH, k_TKH, v_TKH, rotation, inputs)
-        self.attention_out(attended_TD, more_TO=hidden_TD, out_TO=hidden_TD)
+        _add_product(hidden_TD, self.attention_out, attended_TD, self.group)
         gate_TF, up_TF = _each(self.gate_up, self.mlp_norm(hidden_TD))
         gated_TF = fused_triton.gated(gate_TF, up_TF, self.act)
-        return self.mlp_out(gated_TF, more_TO=hidden_TD, out_TO=hidden_TD)
+        return _add_product(hidden_TD, self.mlp_out, gated_TF, self.group)
 
 
-class FusedNorm(nn.Module):
-    """A LayerNorm or RMSNorm as one launch; or two LayerNorms of one input."""
+def _arranges(linear: StreamedLinear, num_tokens: int) -> bool:
+    """Whether what a product reads may be, and should be, written in the product's own order."""
+    from longwing.kernels import wna16_triton
 
-    def __init__(self, norm: nn.Module, second: nn.LayerNorm | None = None) -> None:
-        super().__init__()
-        self.norm = norm
-        self.second = second
-
-    def forward(self, x_TD: Tensor) -> Tensor:
-        """(T, D) -> (T, D), under the first."""
-        from longwing.kernels import fused_triton
-
-        if isinstance(self.norm, RMSNorm):
-            return fused_triton.rms_norm(x_TD, self.norm.weight, self.norm.eps)
-        return self.both(x_TD)[0]
-
-    def both(self, x_TD: Tensor, *, arrange: bool = False) -> tuple[Tensor, Tensor]:
-        """(T, D) under each LayerNorm; the same twice if there is one. See `layer_norms`."""
-        from longwing.kernels import fused_triton
-
-        first, second = self.norm, self.second
-        if not isinstance(first, nn.LayerNorm):  # unreachable: only Falcons ask for both
-            raise RuntimeError(f"a {type(first).__name__} where LayerNorms are needed")
-        return fused_triton.layer_norms(
-            x_TD,
-            (first.weight, first.bias),
-            None if second is None else (second.weight, second.bias),
-            first.eps,
-            arrange=arrange,
-        )
-
-
-class Branch:
-    """A second line of work, where a CUDA graph is being captured; elsewhere the same line.
-
-    In a graph two branches run beside each other, and the GPU fills the gaps of one with the other:
-    attention waits for memory where a product streams. The line that is captured on has the higher
-    priority (`engine/graphs.py`). What runs here must write to tensors that were there before and
-    stay until `join`: the allocator knows nothing of other lines.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._main = self._side = None
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            self._main, self._side = torch.cuda.current_stream(), _side_stream(device)
-
-    def run(self, call: Callable[..., object], *args: object, only_beside: bool = False) -> None:
-        """Do this after what has been begun so far; not at all if it helps only beside others."""
-        if self._main is None or self._side is None:
-            if not only_beside:
-                call(*args)
-            return
-        self._side.wait_stream(self._main)
-        with torch.cuda.stream(self._side):
-            call(*args)
-
-    def join(self) -> None:
-        """Let what follows wait for all that was run here."""
-        if self._main is not None and self._side is not None:
-            self._main.wait_stream(self._side)
-
-
-@cache
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
-
-
-def _packed(linear: Linear) -> PackedWeight:
-    packed = linear.packed
-    if packed is None:  # unreachable: only blocks of packed linears are rebuilt
-        raise RuntimeError("a Linear without a packed weight cannot be streamed")
-    return packed
+    return linear.added is None and wna16_triton.arranges(linear.weight, num_tokens)
 
 
 def _queries_first(num_kv_heads: int, group: int, H: int) -> tuple[Tensor, tuple[int, int, int]]:
@@ -326,25 +253,23 @@ def _queries_first(num_kv_heads: int, group: int, H: int) -> tuple[Tensor, tuple
     return order_O, (num_kv_heads * (group - 2), num_kv_heads, num_kv_heads)
 
 
-def _bias(biases: Sequence[Tensor | None], weight: StreamedWeight) -> Tensor | None:
-    """(N,) biases, each where its part begins, 0 elsewhere; None if there are none."""
-    if all(bias_O is None for bias_O in biases):
-        return None
-    bias_N = torch.zeros(weight.starts[-1], dtype=weight.dtype, device=weight.words.device)
-    for start, bias_O in zip(weight.starts, biases, strict=False):
-        if bias_O is not None:
-            bias_N[start : start + len(bias_O)] = bias_O
-    return bias_N
-
-
 def _sum_of_biases(one: StreamedLinear, other: StreamedLinear) -> Tensor | None:
     biases = [linear.bias for linear in (one, other) if linear.bias is not None]
     return torch.stack([bias.detach() for bias in biases]).sum(0) if biases else None
 
 
-def _stacked(linears: Sequence[Linear], dtype: torch.dtype) -> StreamedLinear | nn.ModuleList:
+def _add_product(hidden_TD: Tensor, linear: StreamedLinear, x_TI: Tensor, group: Group) -> Tensor:
+    """Add x @ weight + bias to hidden: in the product's launch, or once ranks have summed it."""
+    if group.size == 1:
+        return linear(x_TI, more_TO=hidden_TD, out_TO=hidden_TD)
+    return hidden_TD.add_(group.all_reduce(linear(x_TI)))
+
+
+def _stacked(
+    linears: Sequence[Linear | LoRALinear], dtype: torch.dtype
+) -> StreamedLinear | nn.ModuleList:
     """Linears of one input as one product, or as several where their formats differ."""
-    if stackable([_packed(linear) for linear in linears]):
+    if stackable([packed_of(base_of(linear)) for linear in linears]):
         return StreamedLinear(linears, dtype)
     return nn.ModuleList(StreamedLinear((linear,), dtype) for linear in linears)
 

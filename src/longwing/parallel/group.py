@@ -86,6 +86,8 @@ class Group:
         import torch.distributed as dist
 
         on_gpu = group.device.type == "cuda"
+        if on_gpu:  # NCCL and kernels are queued on the current device
+            torch.cuda.set_device(group.device)
         with group._lost_if_it_fails(f"could not be met within {meeting_timeout_s:g} s"):
             store = _meet(rank, size, meeting, timedelta(seconds=meeting_timeout_s))
             dist.init_process_group(
@@ -115,11 +117,17 @@ class Group:
     def all_reduce(self, tensor: Tensor) -> Tensor:
         """The sum over all ranks, in place, the same bits on each of them.
 
+        On a GPU it is queued on the current stream and waits for nothing, so a CUDA graph can hold
+        it; but NCCL's watchdog sees no sum that a graph replays, so whoever replays watches itself.
+
         Raises:
             EngineError: another rank did not come in time, or is gone.
         """
         if self.size > 1:
-            self._run("all_reduce", lambda dist: dist.all_reduce(tensor))
+            whole = tensor.contiguous()
+            self._run("all_reduce", lambda dist: dist.all_reduce(whole))
+            if whole is not tensor:
+                tensor.copy_(whole)
         return tensor
 
     def all_gather(self, tensor: Tensor, dim: int) -> Tensor:
