@@ -69,6 +69,13 @@ def test_auto_uses_the_models_own_template_if_the_server_has_one() -> None:
     assert (body["max_tokens"], body["temperature"], body["seed"]) == (256, 0.5, 3)
 
 
+def test_adapter_is_asked_for_on_either_route() -> None:
+    _, heard = asked("Hi", "--adapter", "mine", answers=[TEMPLATE, chat_answer("a")])
+    assert heard[1].body["model"] == "mine"
+    _, heard = asked("Hi", "--adapter", "mine", "--template", "plain", answers=[ANSWER])
+    assert heard[0].body["parameters"]["adapter_id"] == "mine"
+
+
 @pytest.mark.parametrize("without", [NO_TEMPLATE, json_said({"error": "not found"}, 404)])
 def test_auto_sends_the_plain_text_where_there_is_no_template(without: Said) -> None:
     result, heard = asked("Hi", answers=[without, ANSWER])

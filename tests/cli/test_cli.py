@@ -18,7 +18,7 @@ from longwing.cli import chat as chat_verb
 from longwing.cli import generate as generate_verb
 from longwing.cli import pull as pull_verb
 from longwing.cli.app import app
-from longwing.cli.options import find_model
+from longwing.cli.options import DEFAULT_MODEL, find_model
 from longwing.demo import DEMO_NAME
 from longwing.engine.generator import Generator
 from longwing.errors import ConfigError, LogitsError
@@ -151,11 +151,21 @@ def test_a_folder_that_exists_goes_before_a_name(
     tiny_folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for name in (DEMO_NAME, "falcon-7b"):
+    for name in (DEFAULT_MODEL, DEMO_NAME, "falcon-7b"):
         (tmp_path / name).symlink_to(tiny_folder("llama2"))
     assert find_model(DEMO_NAME) == Path(DEMO_NAME)
     assert facts("inspect")["layers"] == facts("inspect", "falcon-7b")["layers"] == 2
     assert facts("plan", "falcon-7b")["context"] == 256
+
+
+def test_without_a_model_the_one_of_the_package_answers_and_says_what_it_is_for() -> None:
+    document = Path(__file__).parents[2] / "docs" / "harbour.txt"
+    asked = run("generate", "--file", document, "-p", "Who looks after the old mill?")
+    assert asked.stdout == "The person who looks after the old mill is called Harriet.\n"
+    assert "knows nothing else" not in asked.stderr
+    lost = run("generate", "-p", "Why is the sky blue?", "--max-new-tokens", "1")
+    assert f"{DEFAULT_MODEL} finds what a text says, and knows nothing else" in lost.stderr
+    assert DEMO_NAME in lost.stderr
 
 
 @pytest.mark.parametrize(

@@ -82,6 +82,18 @@ def test_generate_sends_tgis_body_and_reads_every_detail() -> None:
     )
 
 
+def test_adapter_goes_by_each_dialects_own_word() -> None:
+    said = [json_said({"generated_text": "b"}), json_said(CHAT)]
+    with serving(*said) as server, Client(server.url) as client:
+        client.generate("a", adapter="mine")
+        client.chat([], adapter="mine")
+        with pytest.raises(RequestError, match="adapter and model say the same twice"):
+            client.chat([], adapter="mine", model="tiny")
+    assert server.heard[0].body["parameters"]["adapter_id"] == "mine"
+    assert server.heard[1].body["model"] == "mine"
+    assert not any("adapter" in heard.body for heard in server.heard)
+
+
 @pytest.mark.parametrize("piece_len", [1, 2, 3, 7, 1000])
 def test_stream_is_the_same_however_its_bytes_are_cut(piece_len: int) -> None:
     texts = ["né", "🙂", "\u2028\x85\n", " z"]  # line ends to Python, and not to SSE

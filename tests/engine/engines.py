@@ -60,4 +60,4 @@ def text(events: Iterable[Event]) -> str:
     return "".join(event.text for event in events if isinstance(event, Step))
 
 
-REQUEST_FIELDS = ("grammar", "salt", "include_stop", "prompt_logprobs")
+REQUEST_FIELDS = ("grammar", "salt", "adapter", "include_stop", "prompt_logprobs")

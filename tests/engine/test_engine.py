@@ -307,12 +307,14 @@ def test_running_out_of_memory_costs_one_request_and_changes_no_other(
         engine = engine_of(tiny_folder("falcon-40b"), max_batch_tokens=20)
         forward, count = engine.runner.forward, 0
 
-        def exhausted(batch: Any, forward: Any = forward, at: int = at) -> torch.Tensor:
+        def exhausted(
+            batch: Any, tokens_T: Any, forward: Any = forward, at: int = at
+        ) -> torch.Tensor:
             nonlocal count
             count += 1
             if count == at:
                 raise torch.OutOfMemoryError("Tried to allocate 20.00 GiB.")
-            return forward(batch)
+            return forward(batch, tokens_T)
 
         monkeypatch.setattr(engine.runner, "forward", exhausted)
         told = run(engine, [request(prompt, max_new_tokens=6) for prompt in prompt_list])

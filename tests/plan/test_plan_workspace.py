@@ -1,19 +1,26 @@
 """The planned workspace is no less than what the real modules hold, and not much more."""
 
+from itertools import combinations_with_replacement
+
 import pytest
 import torch
 from live_bytes import LiveBytes
 from tiny_models import config
 
 from longwing.checkpoint import QuantConfig
+from longwing.engine.graphs import MOST_TOKENS, DecodeGraphs
+from longwing.engine.options import DEFAULTS
+from longwing.engine.rotations import Rotations
 from longwing.kernels import BITS, AttentionInputs, KVPages, PackedWeight, dequantize
 from longwing.models import Decoder, empty_model
 from longwing.plan import known_config, plan
 from longwing.plan.workspace import (
     DENSE_SLICE,
     DEQUANTISE_BYTES,
+    NUM_GRAPHS,
     activation_bytes,
     dense_slice_bytes,
+    graphs_bytes,
     logits_bytes,
     mask_bytes,
     rope_table_bytes,
@@ -110,6 +117,26 @@ def test_a_slice_of_a_streamed_matrix_is_planned_as_the_kernels_cut_it():
     assert dense_slice_bytes(model, 2048, 2) == 16_384 * (8192 + 2048) * 2
     small = empty_model(config("llama"))
     assert dense_slice_bytes(small, 1, 2) == 704 * 257 * 2
+
+
+def test_graphs_are_planned_for_every_shape_that_a_decoding_step_can_have():
+    """A context of 24 K has five bounds, and drafts come from up to four sequences."""
+    model = empty_model(known_config("falcon-40b"))
+    pages = KVPages.allocate(1, 16, 1, 16, dtype="float32", device="cpu")
+    drafted = DEFAULTS["cuda"]["max_draft"] + 1
+    for most, planned in NUM_GRAPHS.items():
+        graphs = DecodeGraphs(
+            model, (pages,), context=24_576, most_sequences=most, rotations=Rotations(None)
+        )
+        shapes = set(graphs.usual_shapes())
+        for num in range(1, min(most, DEFAULTS["cuda"]["draft_sequences"]) + 1):
+            for new_lens in combinations_with_replacement(range(1, drafted + 1), num):
+                shapes |= {graphs.padded(new_lens, longest) for longest in graphs.contexts}
+        assert len(shapes) == planned, most
+    assert most == MOST_TOKENS
+    assert graphs_bytes(model.config, 64) == 38 * 60 * 116 * 1024 > 152 * 2**20
+    assert graphs_bytes(model.config, 3) == graphs_bytes(model.config, 4)
+    assert graphs_bytes(model.config, 1000) == graphs_bytes(model.config, 64)
 
 
 @pytest.mark.parametrize(

@@ -172,7 +172,7 @@ def test_in_a_stream_a_fault_is_an_event_of_a_200(
 
 def test_what_would_be_ignored_is_refused_instead(roomy: Serving) -> None:
     assert refusal(roomy, watermark=True) == "`watermark` == true is not supported"
-    assert refusal(roomy, adapter_id="mine") == "`adapter_id` is not supported"
+    assert "`adapter_id` is not supported" in refusal(roomy, adapter_id="mine")
     assert "--enable-prefill-logprobs" in refusal(roomy, decoder_input_details=True)
 
 

@@ -110,6 +110,10 @@ def ask(
         ),
     ] = False,
     template: TemplateOption = "auto",
+    adapter: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Answer with this adapter, of those the server has."),
+    ] = None,
     api_key: Annotated[
         str | None,
         typer.Option(
@@ -137,7 +141,7 @@ def ask(
     with Client(url, api_key=api_key, timeout_s=timeout, retries=retries) as client:
         reply = _Reply()
         started = time.perf_counter()
-        first_s = _show(client, prompt, template, params, reply, silent=as_json)
+        first_s = _show(client, prompt, template, params, adapter, reply, silent=as_json)
         total_s = time.perf_counter() - started
     if as_json:
         print_json(_facts(reply, first_s, total_s))
@@ -150,7 +154,14 @@ def ask(
 
 
 def _show(
-    client: Client, prompt: str, template: str, params: AskParams, reply: _Reply, *, silent: bool
+    client: Client,
+    prompt: str,
+    template: str,
+    params: AskParams,
+    adapter: str | None,
+    reply: _Reply,
+    *,
+    silent: bool,
 ) -> float:
     """Stream the answer to stdout; returns the seconds until it began."""
     started = time.perf_counter()
@@ -158,7 +169,7 @@ def _show(
     first_s = 0.0
     try:
         with progress("reading the prompt") as advance:
-            pieces = _pieces(client, prompt, template, params, reply, advance)
+            pieces = _pieces(client, prompt, template, params, adapter, reply, advance)
             piece = next(pieces, None)
         first_s = time.perf_counter() - started
         while piece is not None:
@@ -179,16 +190,17 @@ def _pieces(
     prompt: str,
     template: str,
     params: AskParams,
+    adapter: str | None,
     reply: _Reply,
     advance: Advance,
 ) -> Iterator[str]:
     """The answer's text as it comes; what else is said of it goes into the reply."""
     if template == "auto" and _has_chat_template(client):
-        yield from _chat_pieces(client, prompt, params, reply, advance)
+        yield from _chat_pieces(client, prompt, params, adapter, reply, advance)
         return
     if template not in ("auto", "plain"):
         prompt = _within(template, prompt)
-    for token in client.stream(prompt, on_reading=advance, **_tgi(params)):
+    for token in client.stream(prompt, on_reading=advance, adapter=adapter, **_tgi(params)):
         if token.answer is not None:
             reply.finish_reason, reply.seed = token.answer.finish_reason, token.answer.seed
             reply.prompt_len = token.answer.prompt_len
@@ -198,10 +210,16 @@ def _pieces(
 
 
 def _chat_pieces(
-    client: Client, prompt: str, params: AskParams, reply: _Reply, advance: Advance
+    client: Client,
+    prompt: str,
+    params: AskParams,
+    adapter: str | None,
+    reply: _Reply,
+    advance: Advance,
 ) -> Iterator[str]:
     messages = [{"role": "user", "content": prompt}]
-    for delta in client.stream_chat(messages, on_reading=advance, **_openai(params)):
+    asked = client.stream_chat(messages, on_reading=advance, adapter=adapter, **_openai(params))
+    for delta in asked:
         if delta.finish_reason:
             reply.finish_reason = _REASONS.get(delta.finish_reason, delta.finish_reason)
         reply.prompt_len = delta.prompt_len or reply.prompt_len

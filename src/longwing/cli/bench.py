@@ -17,8 +17,7 @@ import typer
 
 from longwing.cli.ask import LONG_EXAMPLE
 from longwing.cli.console import AsJson, note, print_json, print_rows, progress
-from longwing.cli.options import ModelArgument, filled_by, find_model, length, size
-from longwing.demo import DEMO_NAME
+from longwing.cli.options import DEFAULT_MODEL, ModelArgument, filled_by, find_model, length, size
 from longwing.engine.bench import Bench
 from longwing.engine.findings import BenchSpec, Findings, Loading, Measured, Quoting
 from longwing.engine.footprint import Footprint, footprint
@@ -43,7 +42,7 @@ _LITTLE_QUOTED = 0.5
 @filled_by(EngineOptions, "Engine")
 def bench(
     *,
-    model: ModelArgument = DEMO_NAME,
+    model: ModelArgument = DEFAULT_MODEL,
     batch: Annotated[
         str, typer.Option("--batch", "-b", help="Sequences decoding at once, e.g. 1,4,16.")
     ] = "1",
@@ -163,6 +162,7 @@ def _telling(loaded: Bench, findings: Findings, as_json: bool) -> Iterator[None]
             print_json(_facts(loaded, findings))
         else:
             _show(loaded, findings)
+        loaded.engine.close()
 
 
 def _facts(loaded: Bench, findings: Findings) -> dict[str, object]:
@@ -188,7 +188,7 @@ def _show(loaded: Bench, findings: Findings) -> None:
     """The tables, for people."""
     info, ceilings, loading = loaded.info, loaded.ceilings, loaded.loading
     rows = [
-        ("device", f"{info.device} {info.device_name}".strip()),
+        ("device", f"{info.ranks} x {info.device} {info.device_name}".strip().removeprefix("1 x ")),
         (
             "ceilings",
             f"{ceilings.bytes_per_s / 1e9:,.1f} GB/s, {ceilings.flops_per_s / 1e12:,.2f} TFLOP/s, "

@@ -11,6 +11,8 @@ import os
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+import torch
+
 from longwing.cli.options import LoadOptions
 from longwing.engine.options import EngineOptions
 from longwing.errors import ConfigError
@@ -74,9 +76,8 @@ class LauncherFlags:
     quantize: str | None = _flag(
         "gptq is accepted: what a model is packed in, its folder says. Others are refused."
     )
-    num_shard: int | None = _flag(
-        "GPUs to share one model. One is used, whatever this says: 4 bits fit where 16 did not."
-    )
+    num_shard: int | None = _flag("The same as --tensor-parallel: GPUs that share the model.")
+    sharded: bool | None = _flag("Without --num-shard: all GPUs there are share the model.")
     hostname: str | None = _flag("The same as --host.")
     max_input_tokens: int | None = _flag("The same as --max-input-length.")
     max_batch_prefill_tokens: int | None = _flag(
@@ -93,12 +94,11 @@ class LauncherFlags:
     api_key: str | None = _flag("One key, as --api-keys.")
     graceful_termination_timeout: float | None = _flag("The same as --drain-s.")
     trust_remote_code: bool | None = _no_effect("no code of a model's folder is ever run")
-    sharded: bool | None = _no_effect("--num-shard says it")
     waiting_served_ratio: float | None = _no_effect("new requests join every step")
     max_waiting_tokens: int | None = _no_effect("new requests join every step")
-    shard_uds_path: str | None = _no_effect("there are no shards")
-    master_addr: str | None = _no_effect("there are no shards")
-    master_port: int | None = _no_effect("there are no shards")
+    shard_uds_path: str | None = _no_effect("shards find each other by themselves")
+    master_addr: str | None = _no_effect("shards find each other by themselves")
+    master_port: int | None = _no_effect("shards find each other by themselves")
     huggingface_hub_cache: str | None = _no_effect("models lie where `longwing pull` puts them")
     weights_cache_override: str | None = _no_effect("weights are read from the model's folder")
     disable_custom_kernels: bool | None = _no_effect("kernels are chosen by the device")
@@ -117,6 +117,8 @@ class LauncherFlags:
             )
         if self.num_shard is not None and self.num_shard < 1:
             raise ConfigError("`num_shard` cannot be < 1")
+        if self.sharded and self.num_shard == 1:
+            raise ConfigError("`sharded` is true but `num_shard` <= 1")
         if self.rope_scaling not in (None, *_ROPE_SCALING):
             raise ConfigError(
                 f'--rope-scaling "{self.rope_scaling}" is not one of {", ".join(_ROPE_SCALING)}'
@@ -132,8 +134,6 @@ class LauncherFlags:
             for item in fields(self)
             if item.metadata["without_effect"] and getattr(self, item.name) not in (None, False)
         ]
-        if (self.num_shard or 1) > 1:
-            found.append(("--num-shard", "one GPU serves the model; longwing plan says if it fits"))
         return found
 
     def load(self, options: LoadOptions) -> LoadOptions:
@@ -153,13 +153,25 @@ class LauncherFlags:
         return replace(options, rope=words)
 
     def engine(self, options: EngineOptions) -> EngineOptions:
-        """The cache's size in pages."""
-        tokens = self.max_batch_total_tokens
-        if tokens is None:
-            return options
-        if options.num_pages is not None:
-            raise ConfigError("--num-pages and --max-batch-total-tokens say the same twice")
-        return replace(options, cache_tokens=tokens)
+        """The cache's size in pages, and how many GPUs share the model."""
+        changes: dict[str, Any] = {}
+        if self.max_batch_total_tokens is not None:
+            if options.num_pages is not None:
+                raise ConfigError("--num-pages and --max-batch-total-tokens say the same twice")
+            changes["cache_tokens"] = self.max_batch_total_tokens
+        shards = self.num_shard
+        if self.sharded and shards is None:
+            shards = torch.cuda.device_count()
+            if shards < 2:
+                raise ConfigError(f"--sharded shares a model among GPUs, and there are {shards}")
+        if shards is not None:
+            if options.tensor_parallel not in (1, shards):
+                raise ConfigError(
+                    f"--tensor-parallel {options.tensor_parallel} and TGI's flags for {shards} "
+                    "GPUs contradict"
+                )
+            changes["tensor_parallel"] = shards
+        return replace(options, **changes)
 
     def server(self, options: ServerOptions) -> ServerOptions:
         """The flags that are called differently here, and TGI's checks between flags."""

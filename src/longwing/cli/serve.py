@@ -14,26 +14,36 @@ from typing import Annotated
 
 import typer
 
+from longwing import tiny
 from longwing.cli.console import note, print_rows, progress, warn
 from longwing.cli.launcher import LauncherFlags, variables
-from longwing.cli.options import LoadOptions, filled_by, find_model, size
-from longwing.demo import DEMO_NAME, cache_folder
+from longwing.cli.options import DEFAULT_MODEL, LoadOptions, filled_by, find_model, size
+from longwing.demo import cache_folder
 from longwing.engine.folder import ModelFolder
-from longwing.engine.options import EngineOptions
+from longwing.engine.options import EngineOptions, adapter_place
 from longwing.engine.service import EngineService, engine_process
 from longwing.engine.status import EngineInfo
-from longwing.errors import EngineError, HubError
+from longwing.errors import EngineError, HubError, RequestError
 from longwing.hub import pull
 from longwing.plan import format_size, parse_context
 from longwing.server.access_log import log_to
 from longwing.server.app import serving_for
 from longwing.server.options import ServerOptions
 from longwing.server.run import run
-from longwing.server.serving import Serving
+from longwing.server.serving import Serving, check_adapter_names
 from longwing.web.options import WebOptions
 from longwing.web.web import Started, Web
 
 _log = logging.getLogger(__name__)
+
+
+def _adapters(given: list[str] | None) -> list[str]:
+    """--adapter's values; names that cannot be are a usage error."""
+    try:
+        EngineOptions(adapters=tuple(given or ()))
+    except RequestError as error:
+        raise typer.BadParameter(str(error)) from error
+    return given or []
 
 
 @filled_by(LauncherFlags, "As text-generation-launcher", variables=variables)
@@ -46,8 +56,8 @@ def serve(
     model: Annotated[
         str | None,
         typer.Argument(
-            help="A model folder, or owner/name, which is pulled at need. Without it: the small "
-            "demo model."
+            help="A model folder, or owner/name, which is pulled at need. Without it: "
+            f"{DEFAULT_MODEL}, which comes with the package."
         ),
     ] = None,
     memory: Annotated[
@@ -58,6 +68,19 @@ def serve(
             metavar="SIZE",
             envvar="LONGWING_MEMORY",
             help="Most the engine may use, weights included, e.g. 24GiB. Unset: what is free.",
+            rich_help_panel="Engine",
+        ),
+    ] = None,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--adapter",
+            callback=_adapters,
+            metavar="[NAME=]FOLDER",
+            envvar="LONGWING_ADAPTER",
+            show_envvar=False,
+            help="Serve a LoRA adapter beside the model, as NAME or by its folder's; repeatable. "
+            "Clients ask for it by model (OpenAI) or parameters.adapter_id (TGI).",
             rich_help_panel="Engine",
         ),
     ] = None,
@@ -78,7 +101,7 @@ def serve(
     for flag, why in launcher.without_effect:
         warn(f"{flag} has no effect: {why}")
     load, server = launcher.load(load), launcher.server(server)
-    name = model or launcher.model_id or DEMO_NAME
+    name = model or launcher.model_id or DEFAULT_MODEL
     folder = _folder(name, launcher.revision)
     if Path(name).is_dir():
         name = folder.resolve().name  # clients are told it: not where the operator keeps models
@@ -90,7 +113,9 @@ def serve(
         context=_context(load, server),
         rope=load.rope,
         memory=memory,
+        adapters=tuple(adapter or ()),
     )
+    check_adapter_names(name, [adapter_place(text)[0] for text in options.adapters])
     if server.host not in ("127.0.0.1", "localhost", "::1") and not server.api_keys:
         warn(f"anyone who can reach {server.host} may ask; --api-keys restricts it")
     if server.api_keys:
@@ -118,9 +143,10 @@ def serve(
 
 
 def _page(web: WebOptions, started: Started) -> Web:
-    """The page; it lists what lies beside the served folder, and the demo model."""
+    """The page; it lists what lies beside the served folder, and the demo model if it is here."""
     cache = cache_folder(os.environ)
-    roots = [Path(folder).expanduser() for folder in web.model_dir] or [started.path.parent]
+    beside = [] if started.path == tiny.FOLDER else [started.path.parent]
+    roots = [Path(folder).expanduser() for folder in web.model_dir] or beside
     runs_dir = cache / "runs" if web.runs_dir is None else Path(web.runs_dir).expanduser()
     return Web(web, started, roots=[*roots, cache / "models"], runs_dir=runs_dir)
 
@@ -142,17 +168,19 @@ async def _open(folder: Path, name: str, service: EngineService, server: ServerO
 def _show(info: EngineInfo, serving: Serving) -> None:
     """What is served, before the first request."""
     held = info.num_pages * info.page_len
+    ranks = f", the first of {info.ranks} ranks, all with parts like these" * (info.ranks > 1)
     print_rows(
         serving.model_id,
         [
             ("weights", f"{format_size(info.weight_bytes)}, {info.quantization}, {info.dtype}"),
-            ("device", f"{info.device} {info.device_name}".strip()),
+            ("device", f"{info.device} {info.device_name}".strip() + ranks),
             (
                 "KV cache",
                 f"{format_size(info.kv_bytes)}, {info.num_pages:,} pages of {info.page_len} = "
                 f"{held:,} tokens in {info.kv_dtype}",
             ),
             ("context", f"{info.context:,} tokens, RoPE {info.rope_method}"),
+            *([("adapters", ", ".join(info.adapters))] if info.adapters else []),
             (
                 "limits",
                 f"prompt {serving.max_input_len:,}, with answer {serving.max_total_len:,} tokens; "

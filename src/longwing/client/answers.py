@@ -19,7 +19,8 @@ class GenerateSettings(TypedDict, total=False):
     `truncate` reads that many last tokens of the prompt alone. `grammar` is
     {"type": "json", "value": schema} or {"type": "regex", "value": expression}. `best_of` generates
     so many and returns the likeliest; it and `decoder_input_details` (the prompt's tokens) are not
-    for streams.
+    for streams. `adapter` is the name of an adapter that is served beside the model; it goes as
+    `adapter_id`, TGI's word for it.
     """
 
     max_new_tokens: int | None
@@ -40,10 +41,14 @@ class GenerateSettings(TypedDict, total=False):
     decoder_input_details: bool | None
     details: bool | None
     adapter_id: str | None
+    adapter: str | None
 
 
 class CompletionSettings(TypedDict, total=False):
-    """What OpenAI's routes take. `extra` is merged into the body: fields of one server alone."""
+    """What OpenAI's routes take. `extra` is merged into the body: fields of one server alone.
+
+    `adapter` is the name of an adapter that is served beside the model; it goes as `model`.
+    """
 
     model: str | None
     max_tokens: int | None
@@ -60,6 +65,7 @@ class CompletionSettings(TypedDict, total=False):
     stop: str | Sequence[str] | None
     n: int | None
     user: str | None
+    adapter: str | None
     extra: Mapping[str, Any] | None
 
 

@@ -142,7 +142,7 @@ def _text_tokens(said: Any) -> list[TextToken]:
 def _generate_body(prompt: str, settings: GenerateSettings) -> bytes:
     _check_names(settings, GenerateSettings)
     parameters = {"max_new_tokens": MAX_NEW_TOKENS, "details": True, **settings}
-    given = {name: value for name, value in parameters.items() if value is not None}
+    given = _with_adapter(parameters, "adapter_id")
     return _bytes({"inputs": prompt, "parameters": given})
 
 
@@ -225,10 +225,10 @@ def _completion_body(
     first: dict[str, Any], settings: ChatSettings | TextSettings, known: type[Any]
 ) -> bytes:
     _check_names(settings, known)
-    given = {name: value for name, value in settings.items() if value is not None}
+    given = _with_adapter(settings, "model")
     extra = given.pop("extra", {})
     given.setdefault("max_tokens", MAX_NEW_TOKENS)
-    return _bytes({**first, **given, **dict(extra)})  # type: ignore[call-overload]
+    return _bytes({**first, **given, **dict(extra)})
 
 
 def _completion(said: Any) -> Completion:
@@ -272,6 +272,16 @@ def _chat_delta(said: Any) -> tuple[ChatDelta | None, bool]:
         num_generated=int(usage.get("completion_tokens", 0)),
     )
     return item, False
+
+
+def _with_adapter(settings: Mapping[str, Any], field: str) -> dict[str, Any]:
+    """The settings that were made, an adapter under the name that a dialect has for it."""
+    given = {name: value for name, value in settings.items() if value is not None}
+    if "adapter" in given:
+        if field in given:
+            raise RequestError(f"adapter and {field} say the same twice; give one")
+        given[field] = given.pop("adapter")
+    return given
 
 
 def _check_names(settings: Mapping[str, Any], known: type[Any]) -> None:

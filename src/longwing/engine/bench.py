@@ -191,7 +191,8 @@ class Bench:
                 pass
             times.append(time.perf_counter() - began)
         self._restart()
-        floor = prefill_bound(self.folder.config, num_tokens, self.ceilings.flops_per_s)
+        rate = self.ceilings.flops_per_s * self.info.ranks
+        floor = prefill_bound(self.folder.config, num_tokens, rate)
         done = Measured(what="prefill", batch=1, context=num_tokens)
         return self._timed(done, times, num_tokens, floor)
 
@@ -312,7 +313,7 @@ class Bench:
         planned = self.plan(batch, context)
         if planned is None:
             return None
-        return batch / decode_bound(planned, self.ceilings.bytes_per_s)
+        return batch / decode_bound(planned, self.ceilings.bytes_per_s * self.info.ranks)
 
     def plan(self, batch: int, context: int) -> Plan | None:
         """The plan of what is measured: weights as the folder holds them, the cache as it is kept.
@@ -336,11 +337,12 @@ class Bench:
 
     @property
     def planned_bytes(self) -> int | None:
-        """What the plan counts for this engine: weights, workspace, and the cache as it is."""
+        """What the plan counts for this engine's first rank: weights, workspace, cache as it is."""
         planned = self.plan(self.info.max_sequences, self.info.context)
         if planned is None:
             return None
-        return planned.weights.total + planned.workspace.total + self.info.kv_bytes
+        weights = self.folder.part_bytes(planned.weights, self.info.ranks)
+        return weights + planned.workspace.total + self.info.kv_bytes
 
 
 class _Insistent(PromptLookup):
@@ -358,6 +360,10 @@ class _Insistent(PromptLookup):
         """`max_draft` random tokens, or as many as may be."""
         num = min(limit, self._max_draft)
         return [self._dice.randrange(self._vocab_size) for _ in range(num)]
+
+    def may_draft_next(self) -> bool:
+        """Yes."""
+        return True
 
     def judge(self, num_drafted: int, num_accepted: int) -> None:
         """Learn nothing."""

@@ -2,20 +2,22 @@
 
 `add` and `cancel` requests; `step` runs one batch and says what happened. It has no loop of its
 own: who drives it (`worker.py`) decides when. The scheduler chooses the work, the runner
-does it, and here logits become tokens, tokens text, and text events.
+does it, and here tokens become text, and text events. While a step's tokens do, the next
+may be under way already (`ahead.py`).
 
 Shape key: T packed tokens, D model dim, R rows whose logits are wanted, V vocabulary.
 """
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future
 from concurrent.futures import wait as wait_for
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
+from longwing.engine.ahead import Flight, launch
 from longwing.engine.cache import CacheKey, PageCache
 from longwing.engine.events import (
     Event,
@@ -25,13 +27,12 @@ from longwing.engine.events import (
     PromptToken,
     Reading,
     Step,
-    TopLogprobs,
 )
 from longwing.engine.grammar import GrammarCompiler, GrammarState
 from longwing.engine.options import EngineOptions
 from longwing.engine.request import FinishReason, Request
-from longwing.engine.runner import Runner
-from longwing.engine.sampler import SamplingState, prompt_logprobs, sample
+from longwing.engine.runner import Runner, runner_settings
+from longwing.engine.sampler import Choice, SamplingState, prompt_logprobs
 from longwing.engine.scheduler import Scheduler
 from longwing.engine.sequence import Sequence as Scheduled
 from longwing.engine.sequence import Work
@@ -57,9 +58,6 @@ _NO_MEMORY = "the engine ran out of memory; try again, or ask for less"
 
 _Said = tuple[str, Event]
 """A request's id and what is said about it."""
-
-_Choice = tuple[int, float | None, TopLogprobs]
-"""A token, its log-probability and the likeliest in its place."""
 
 _GRAMMAR_WAIT_S = 0.02
 """How long a step waits for a grammar when there is nothing else to do."""
@@ -92,6 +90,7 @@ class Engine:
         model: the model.
         tokenizer: its tokenizer.
         options: how many sequences, tokens and pages; num_pages must be set.
+        runner: makes the runner, where it is not this process alone that runs the model.
 
     Attributes:
         context: longest prompt and answer together, in tokens.
@@ -103,6 +102,8 @@ class Engine:
         model: Decoder,
         tokenizer: Tokenizer,
         options: EngineOptions,
+        *,
+        runner: Callable[..., Runner] = Runner,
     ) -> None:
         if options.num_pages is None:
             raise RequestError("num_pages is not set; load_engine chooses it by the memory")
@@ -110,14 +111,7 @@ class Engine:
         self.tokenizer = tokenizer
         self.options = options
         self.context = min(model.context, options.num_pages * options.page_len)
-        word = str(model.dtype).removeprefix("torch.")
-        self.runner = Runner(
-            model,
-            num_pages=options.num_pages,
-            page_len=options.page_len,
-            kv_dtype=word if options.kv_dtype == "auto" else options.kv_dtype,
-            most_sequences=options.max_sequences,
-        )
+        self.runner = runner(model, **runner_settings(model, options))
         self._end_ids = tokenizer.eos_ids | set(model.config.eos_ids)
         self._grammars = GrammarCompiler(
             tokenizer, vocab_size=model.config.vocab_size, eos_ids=self._end_ids
@@ -138,10 +132,14 @@ class Engine:
         self._compiling: dict[str, tuple[Request, Future[GrammarState], float]] = {}
         self._job_of: dict[Scheduled, _Job] = {}
         self._steps: list[StepRecord] = []
+        on_gpu = self.model.device.type == "cuda"
+        self._overlaps = options.overlap == "on" or (options.overlap == "auto" and on_gpu)
+        self._flight: Flight | None = None
 
     def close(self) -> None:
         """End what runs beside the engine; requests at work are dropped."""
         self._grammars.close()
+        self.runner.close()
 
     @property
     def busy(self) -> bool:
@@ -163,7 +161,7 @@ class Engine:
 
         Raises:
             ContextLengthError: prompt and answer do not fit the context.
-            RequestError: a token id is unknown.
+            RequestError: a token id is unknown, or the adapter.
             CapacityError: the answer could never have enough pages.
             OverloadedError: too many wait already.
         """
@@ -181,6 +179,10 @@ class Engine:
         vocab_size = self.model.config.vocab_size
         if not 0 <= min(request.prompt_ids) <= max(request.prompt_ids) < vocab_size:
             raise RequestError(f"a prompt's token ids must be at least 0 and below {vocab_size}")
+        if self.runner.adapters is not None:
+            self.runner.adapters.index(request.adapter)
+        elif request.adapter:
+            raise RequestError(f"there is no adapter {request.adapter[:100]!r}; none is served")
 
     def _begin(
         self, request_id: str, request: Request, grammar: GrammarState | None, added: float
@@ -197,7 +199,7 @@ class Engine:
             id=request_id,
             prompt_ids=request.prompt_ids,
             max_len=prompt_len + max_new,
-            key=CacheKey(salt=request.salt, rung=rung),
+            key=CacheKey(salt=request.salt, rung=rung, adapter=request.adapter),
             can_share=request.prompt_logprobs is None,
             can_draft=grammar is None,
         )
@@ -227,23 +229,47 @@ class Engine:
             self._end(job)
 
     def step(self) -> list[_Said]:
-        """Run one batch; what happened, as (request id, event) in order."""
+        """Run one batch; what happened, as (request id, event) in order.
+
+        It may have been launched by the step before, and another may be by this one.
+        """
         began = time.perf_counter()
         refused = self._begin_compiled()
-        batch = self.scheduler.schedule()
+        flight, self._flight = self._flight, None
+        if flight is not None and not any(work.sequence in self._job_of for work in flight.batch):
+            flight = None
+        batch = self.scheduler.schedule() if flight is None else flight.batch
         if not batch:
             return refused + (self._stuck() if self._jobs else [])
-        for work in batch:
-            job = self._job_of[work.sequence]
-            job.started = job.started or began
         try:
             with out_of_memory(f"a step of {sum(len(work.token_ids) for work in batch)} tokens"):
-                hidden_TD = self.runner.forward(batch)
-                events = self._advance(batch, hidden_TD)
+                if flight is None:
+                    flight = self._launch(batch, began)
+                self._flight = self._launch_ahead(flight)
+                events = self._advance(flight)
         except CapacityError as error:
+            self._flight = None
             events = self._shed(batch, error)
         self._record(batch, time.perf_counter() - began)
         return refused + events
+
+    def _launch(self, batch: Sequence[Work], began: float) -> Flight:
+        for work in batch:
+            job = self._job_of[work.sequence]
+            job.started = job.started or began
+        return launch(self.runner, batch, self._states)
+
+    def _launch_ahead(self, flight: Flight) -> Flight | None:
+        """The step after one whose tokens are not known yet, if that can be."""
+        batch = self.scheduler.schedule_ahead(flight.batch) if self._overlaps else []
+        if not batch:
+            return None
+        try:
+            with out_of_memory(f"a step of {len(batch)} tokens, ahead"):
+                return flight.launch_next(self.runner, batch, lambda s: self._job_of[s].state)
+        except CapacityError as error:
+            _log.warning("%s", error)  # it will be taken in its turn, or that will be told
+            return None
 
     def _begin_compiled(self) -> list[_Said]:
         """Begin the requests whose grammars are compiled; fail those whose cannot be."""
@@ -265,18 +291,21 @@ class Engine:
                 refused.append((request_id, Failed(kind="generation", message=str(error))))
         return refused
 
-    def _advance(self, batch: Sequence[Work], hidden_TD: Tensor) -> list[_Said]:
-        """From hidden states to tokens, text and events."""
-        chosen = self._choose(batch, hidden_TD)
+    def _advance(self, flight: Flight) -> list[_Said]:
+        """From tokens, as soon as they are there, to text and events."""
+        chosen = flight.read()
+        if not flight.stands:
+            self._flight = None
         events: list[_Said] = []
-        row = 0
-        for work in batch:
-            own_TD = hidden_TD[row : row + len(work.token_ids)]
-            row += len(work.token_ids)
-            job = self._job_of[work.sequence]
+        end = 0
+        for work in flight.batch:
+            row, end = end, end + len(work.token_ids)
+            job = self._job_of.get(work.sequence)
+            if job is None:
+                continue  # ended or cancelled since this was launched
             try:
                 if work.start < work.sequence.prompt_len:
-                    events += self._read(job, work, own_TD)
+                    events += self._read(job, work, flight.hidden_TD, row)
                 steps = self._accept(job, work, chosen.get(work.sequence, []))
             except LogitsError:
                 _log.exception("request %s: no token can be chosen", job.id)
@@ -299,38 +328,21 @@ class Engine:
                 self._end(job)
         return events
 
-    def _choose(
-        self, batch: Sequence[Work], hidden_TD: Tensor
-    ) -> dict[Scheduled, list[_Choice | None]]:
-        """For each sequence that wants a token, one choice a row: after each draft, and the last.
+    def _states(self, work: Work) -> list[SamplingState]:
+        """What sampling knows after each draft of a work, and last; [] if it gets no token."""
+        if not work.wants_token:
+            return []
+        job, num = self._job_of[work.sequence], work.num_drafts
+        if job.grammar is not None:
+            try:
+                job.state.allowed_V = job.grammar.mask(self.model.config.vocab_size)
+            except GrammarError as error:
+                job.fault = error
+                return []
+        drafts = work.token_ids[len(work.token_ids) - num :]
+        return [job.state.ahead(drafts[:i]) if i else job.state for i in range(num + 1)]
 
-        A row's choice supposes that the drafts before it are right; None where there is none.
-        """
-        rows: list[int] = []
-        states: list[SamplingState] = []
-        wanting: list[tuple[Scheduled, int]] = []
-        end = 0
-        for work in batch:
-            end += len(work.token_ids)
-            if not work.wants_token:
-                continue
-            job, num = self._job_of[work.sequence], work.num_drafts
-            if job.grammar is not None:
-                try:
-                    job.state.allowed_V = job.grammar.mask(self.model.config.vocab_size)
-                except GrammarError as error:
-                    job.fault = error
-                    continue
-            drafts = work.token_ids[len(work.token_ids) - num :]
-            rows += range(end - 1 - num, end)
-            states += [job.state.ahead(drafts[:i]) if i else job.state for i in range(num + 1)]
-            wanting.append((work.sequence, num + 1))
-        if not rows:
-            return {}
-        choices = iter(_sample(self.runner.logits(hidden_TD, rows), states))
-        return {sequence: [next(choices) for _ in range(num)] for sequence, num in wanting}
-
-    def _accept(self, job: _Job, work: Work, choices: Sequence[_Choice | None]) -> list[Step]:
+    def _accept(self, job: _Job, work: Work, choices: Sequence[Choice | None]) -> list[Step]:
         """The tokens that become text: drafts for as long as they agree, and one more."""
         if job.fault is not None:
             raise job.fault
@@ -351,7 +363,7 @@ class Engine:
                     special=said.special,
                     text=said.text,
                     logprob=logprob,
-                    top=top,
+                    top=tuple(top),
                 )
             )
             if job.transcript.finish_reason is not None:
@@ -362,8 +374,11 @@ class Engine:
             job.first_token = time.perf_counter()
         return steps
 
-    def _read(self, job: _Job, work: Work, hidden_TD: Tensor) -> list[_Said]:
-        """What a chunk of the prompt gives: progress, and log-probabilities if asked for."""
+    def _read(self, job: _Job, work: Work, hidden_TD: Tensor, row: int) -> list[_Said]:
+        """What a chunk of the prompt gives: progress, and log-probabilities if asked for.
+
+        Its hidden states begin at `row` of the step's.
+        """
         prompt_len = work.sequence.prompt_len
         done = min(work.start + len(work.token_ids), prompt_len)
         cached_len = work.sequence.cached_len
@@ -377,7 +392,7 @@ class Engine:
             job.prompt_tokens.append(PromptToken(id=ids[0], logprob=None))
         for start in range(len(job.prompt_tokens) - 1, min(done, prompt_len - 1), _LOGIT_ROWS):
             stop = min(start + _LOGIT_ROWS, done, prompt_len - 1)
-            rows = range(start - work.start, stop - work.start)
+            rows = range(row + start - work.start, row + stop - work.start)
             targets = ids[start + 1 : stop + 1]
             # Here, not around the step: others of the batch have been told their tokens.
             with out_of_memory(f"the log-probabilities of {len(rows)} prompt tokens"):
@@ -412,7 +427,9 @@ class Engine:
     def _shed(self, batch: Sequence[Work], error: CapacityError) -> list[_Said]:
         """The step ran out of memory: give up its newest request, and let the others go on."""
         _log.error("out of memory: %s", error)
-        job = self._job_of[batch[-1].sequence]
+        job = next(
+            self._job_of[work.sequence] for work in reversed(batch) if work.sequence in self._job_of
+        )
         self._end(job)
         return [(job.id, Failed(kind="generation", message=_NO_MEMORY))]
 
@@ -434,24 +451,3 @@ class Engine:
                 seconds=seconds,
             )
         )
-
-
-def _sample(logits_RV: Tensor, states: Sequence[SamplingState]) -> list[_Choice | None]:
-    """A token for each row; None for the rows whose logits allow none."""
-    rows = list(range(len(states)))
-    choices: list[_Choice | None] = [None] * len(states)
-    while rows:
-        try:
-            sampled = sample(
-                logits_RV if len(rows) == len(states) else logits_RV[rows],
-                [states[row] for row in rows],
-            )
-        except LogitsError as error:
-            bad = set(error.rows)
-            rows = [row for place, row in enumerate(rows) if place not in bad]
-            continue
-        for place, row in enumerate(rows):
-            top = tuple(sampled.top_logprobs[place])
-            choices[row] = (sampled.ids[place], sampled.logprobs[place], top)
-        break
-    return choices

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from longwing.checkpoint import Checkpoint
 from longwing.models import DTYPES, ModelConfig, end_ids, with_rope
-from longwing.plan import PREFILL_CHUNK, Plan, plan
+from longwing.plan import PREFILL_CHUNK, Plan, WeightBytes, plan
 from longwing.rope import RopeConfig, parse_rope
 from longwing.tokenizer import Tokenizer
 
@@ -82,3 +82,22 @@ class ModelFolder:
             prefill_chunk=prefill_chunk,
             name=self.path.name,
         )
+
+    def part_bytes(self, weights: WeightBytes, ranks: int) -> int:
+        """The bytes that one of so many ranks has of some weights, at most.
+
+        Whole on every rank are the embedding, the norms, a head of a vocabulary that does not
+        divide, and, with act-order, scales and zero points. Half of the matrices are split by their
+        inputs, and with act-order those are filled up to whole cells, by about a quarter.
+        """
+        quant = self.checkpoint.quant
+        split = weights.packed + weights.g_idx + weights.linears
+        whole = weights.embedding + weights.norms_and_biases
+        if ranks > 1 and quant is not None and quant.desc_act:
+            split += weights.qweight // 8 - weights.scales - weights.zeros
+            whole += weights.scales + weights.zeros
+        if self.config.vocab_size % ranks:
+            whole += weights.head
+        else:
+            split += weights.head
+        return whole + -(-split // ranks)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from longwing.checkpoint import Checkpoint
 from longwing.checkpoint.adapter import Adapter
-from longwing.checkpoint.derived import with_settings
+from longwing.engine.adapters import tuned_rope
 from longwing.engine.folder import ModelFolder
 from longwing.engine.request import FinishReason, SamplingParams
 from longwing.engine.sampler import SamplingState, sample
@@ -26,7 +26,7 @@ from longwing.engine.transcript import Transcript
 from longwing.errors import ContextLengthError, RequestError, SamplingError
 from longwing.kernels import AttentionInputs, KVPages
 from longwing.layers.lora import attach
-from longwing.models import DTYPES, Decoder, ModelConfig, find_device, load_model
+from longwing.models import DTYPES, Decoder, find_device, load_model
 from longwing.models.memory import out_of_memory
 from longwing.models.streaming import stream_weights
 from longwing.plan import PREFILL_CHUNK, RUNTIME_BYTES, require_fit
@@ -360,7 +360,7 @@ def load(
     where = find_device(device)
     adapters = [] if adapter is None else [Adapter.open(adapter)]
     for found in adapters:
-        rope = rope or _tuned_rope(Path(path), found)
+        rope = rope or tuned_rope(Checkpoint.open(path).config, found)
     folder = ModelFolder.open(path, rope)
     if where.type == "cuda":
         _require_room(folder, where, dtype, context)
@@ -374,17 +374,9 @@ def load(
     )
     if adapters:
         attach(model, adapters)
-    elif where.type == "cuda":
+    if where.type == "cuda":
         stream_weights(model)
     return Generator(model, folder.tokenizer)
-
-
-def _tuned_rope(path: Path, adapter: Adapter) -> RopeConfig | None:
-    """The RoPE settings that an adapter was tuned under; None if it does not say."""
-    if not adapter.settings:
-        return None
-    config = Checkpoint.open(path).config
-    return ModelConfig.from_hf(with_settings(config, adapter.settings)).rope
 
 
 def _require_room(

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from longwing.engine.adapters import AdapterTable
 from longwing.engine.rotations import Rotations
 from longwing.engine.sequence import Work
 from longwing.kernels import AttentionInputs, KVPages, attends_in_triton
@@ -35,9 +36,6 @@ BATCHES = (1, 2, 4, 8, 12, 16, 24, 32, 48, MOST_TOKENS)
 CONTEXTS = (1024, 2048, 4096, 8192)
 """Bounds on the context that graphs are recorded for, and the whole context. Attention is cut
 accordingly; beyond the last it is cut no finer (`paged_triton.MAX_SPLITS`)."""
-
-GRAPHS_BYTES = 256 * 2**20
-"""Memory that an engine keeps free for its graphs. Falcon-40B's 23 took 152 MiB (H200)."""
 
 
 def can_record(model: Decoder, pages: KVPages) -> bool:
@@ -79,6 +77,7 @@ class DecodeGraphs:
         context: longest sequence in tokens.
         most_sequences: sequences of a step at most.
         rotations: the model's.
+        adapters: likewise, if it has any.
     """
 
     def __init__(
@@ -89,13 +88,15 @@ class DecodeGraphs:
         context: int,
         most_sequences: int,
         rotations: Rotations,
+        adapters: AdapterTable | None = None,
     ) -> None:
         self.model, self.pages, self.rotations = model, pages, rotations
+        self.adapters = adapters
         self.page_len = pages[0].page_len
         self.contexts = (*(bound for bound in CONTEXTS if bound < context), context)
         self.most_sequences = min(most_sequences, MOST_TOKENS)
         self._graphs: dict[Shape, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
-        self._numbers = _Mirrored(5, MOST_TOKENS + 1, model.device)
+        self._numbers = _Mirrored(6, MOST_TOKENS + 1, model.device)
         self._tables = _Mirrored(self.most_sequences, -(-context // self.page_len), model.device)
         self._written: list[tuple[list[int], int]] = [([], 0)] * self.most_sequences
 
@@ -137,9 +138,17 @@ class DecodeGraphs:
         every = self.contexts
         return every if num_sequences == 1 or len(every) == 1 else (every[0], every[-1])
 
-    def run(self, batch: Sequence[Work], shape: Shape) -> Tensor:
-        """The step's hidden states, (its tokens, D); they hold until the next step."""
+    def run(self, batch: Sequence[Work], shape: Shape, tokens_T: Tensor | None = None) -> Tensor:
+        """The step's hidden states, (its tokens, D); they hold until the next step.
+
+        Args:
+            batch: the step.
+            shape: its shape.
+            tokens_T: its tokens, int64 on the device, where the host does not know them yet.
+        """
         num_tokens = self._write(batch, shape)
+        if tokens_T is not None:
+            self._numbers.on_device[0, :num_tokens].copy_(tokens_T)
         if self.model.device.type != "cuda":
             return self._forward(shape)[:num_tokens]
         if shape not in self._graphs:
@@ -183,7 +192,9 @@ class DecodeGraphs:
 
     def _forward(self, shape: Shape) -> Tensor:
         T, S = shape.tokens, shape.sequences
-        tokens, rows, slots, lens, starts = self._numbers.on_device
+        tokens, rows, slots, lens, starts, owners = self._numbers.on_device
+        if self.adapters is not None:
+            self.adapters.choose_from(owners[:T])
         cos_TF, sin_TF = self.rotations.at(rows[:T])
         inputs = AttentionInputs(
             starts_S1=starts[: S + 1],
@@ -200,11 +211,14 @@ class DecodeGraphs:
 
     def _write(self, batch: Sequence[Work], shape: Shape) -> int:
         """Write a step where graphs read it; its number of tokens."""
-        tokens, rows, slots, lens, starts = self._numbers.for_writing()
+        tokens, rows, slots, lens, starts, owners = self._numbers.for_writing()
         at = 0
         for s, work in enumerate(batch):
             pages, first_row = work.sequence.pages, self.rotations.first_row(work.sequence.key.rung)
             starts[s] = at
+            if self.adapters is not None:
+                owner = self.adapters.index(work.sequence.key.adapter)
+                owners[at : at + len(work.token_ids)] = owner
             for position, token in enumerate(work.token_ids, work.start):
                 page, slot = divmod(position, self.page_len)
                 tokens[at] = token

@@ -51,6 +51,7 @@ class PromptLookup:
         self._earlier: dict[int, int | None] = dict.fromkeys(self._latest)
         # Short at first: two tokens are enough to find out whether drafts are any good here.
         self._draft_len = min(2, max_draft)
+        self._followed: set[int] = set()  # tokens that another came after
         self._pause = _FIRST_PAUSE
         self._resume_at = 0
 
@@ -64,6 +65,7 @@ class PromptLookup:
         self._tokens.extend(token_ids)
         if len(self._tokens) == old_len:
             return
+        self._followed.update(self._tokens[max(old_len - 1, 0) : -1])
         for n, latest in self._latest.items():
             first = max(old_len + 1 - n, 0)  # where the first n-gram starts that has a new token
             window = self._tokens[first:]
@@ -90,6 +92,12 @@ class PromptLookup:
             return []
         period = len(self._tokens) - end
         return [self._tokens[end + i % period] for i in range(draft_len)]
+
+    def may_draft_next(self) -> bool:
+        """Whether there could be a draft after one more token, whatever that will be."""
+        if len(self._tokens) + 1 < self._resume_at:
+            return False
+        return 1 in self._latest or self._tokens[-1] in self._followed
 
     def judge(self, num_drafted: int, num_accepted: int) -> None:
         """Learn from a draft: how many tokens it had, and how many of them became text."""

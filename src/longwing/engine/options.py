@@ -3,8 +3,10 @@
 Plain values only, so that they can be sent to the process that obeys them.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from longwing.errors import RequestError
@@ -14,6 +16,9 @@ KV_DTYPES = ("auto", "float32", "float16", "bfloat16", "int8")
 
 CPU_WEIGHTS = ("auto", "fast", "small", "float32")
 """Forms of a model's matrices on a CPU."""
+
+OVERLAPS = ("auto", "on", "off")
+"""Whether the host's work on one step is done while the device does the next."""
 
 DEFAULTS: Mapping[str, Mapping[str, int]] = {
     # More than 4 tokens in a step leave the 4-bit kernel for a form that costs twice as much.
@@ -25,6 +30,25 @@ DEFAULTS: Mapping[str, Mapping[str, int]] = {
 """What is unset, by the kind of device; measured by bench/serve.py and `longwing bench`."""
 
 LONGEST = 2**30
+
+_ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
+
+
+def adapter_place(text: str) -> tuple[str, str]:
+    """(name, folder) of an adapter: NAME=FOLDER, or a folder whose own name it goes by.
+
+    Raises:
+        RequestError: the name is none that clients could be told.
+    """
+    name, equals, folder = text.partition("=")
+    if not equals:
+        name, folder = Path(text).absolute().name, text
+    if not _ADAPTER_NAME.fullmatch(name) or not folder:
+        raise RequestError(
+            f'adapter "{text[:200]}": write NAME=FOLDER, where NAME has up to 128 letters, digits '
+            "and . _ : - and begins with a letter or digit"
+        )
+    return name, folder
 
 
 def _whole(default: int | None, low: int, high: int, help_text: str) -> Any:
@@ -76,6 +100,10 @@ class EngineOptions(SchedulerOptions):
         rope: RoPE settings in place of the model's, as `--rope` takes them.
         memory: bytes the engine may use on its device, weights included; None is what there is.
         cache_tokens: tokens the cache holds, in place of num_pages.
+        adapters: LoRA adapters to serve beside the model, each as `adapter_place` reads it.
+        tensor_parallel: ranks that share the model, a process and a GPU each; `device` is the
+            first one's, and `memory` is of each.
+        rank_timeout_s: how long a rank may keep the others waiting.
 
     Raises:
         RequestError: a value is out of its range.
@@ -87,6 +115,16 @@ class EngineOptions(SchedulerOptions):
     rope: str | None = None
     memory: int | None = None
     cache_tokens: int | None = None
+    adapters: tuple[str, ...] = ()
+    tensor_parallel: int = _whole(
+        1, 1, 64, "GPUs that share the model, each with a part of every matrix and of the cache, "
+        "beginning with --device. They must divide its key/value heads: 2, 4 or 8 for Falcon-40B. "
+        "On a CPU: so many processes share its cores, which is for trying it out."
+    )  # fmt: skip
+    rank_timeout_s: int = _whole(
+        7, 1, 3600, "With --tensor-parallel: seconds that one of them may keep the others waiting. "
+        "Then it is taken for hung, and all of them are ended and started anew."
+    )  # fmt: skip
     cpu_weights: str = field(
         default="auto",
         metadata={
@@ -108,6 +146,13 @@ class EngineOptions(SchedulerOptions):
     num_pages: int | None = _whole(
         None, 1, LONGEST, "Pages of the KV cache; unset: as many as the memory holds."
     )
+    overlap: str = field(
+        default="auto",
+        metadata={
+            "help": "Begin a decoding step on the device before the tokens of the last one are "
+            f"read: {', '.join(OVERLAPS)}; auto: on a GPU. Changes no text."
+        },
+    )
     prefix_cache: bool = field(
         default=True, metadata={"help": "Keep the keys and values of prompts that may come again."}
     )
@@ -124,7 +169,14 @@ class EngineOptions(SchedulerOptions):
             raise RequestError(
                 f'cpu_weights "{self.cpu_weights}" is not one of {", ".join(CPU_WEIGHTS)}'
             )
+        object.__setattr__(self, "adapters", tuple(self.adapters))  # from JSON comes a list
+        names = [adapter_place(text)[0] for text in self.adapters]
+        for name in names:
+            if names.count(name) > 1:
+                raise RequestError(f'adapter "{name}" is given twice; name one NAME=FOLDER')
         if not 0 <= self.cache_share <= 1:
             raise RequestError(f"cache_share must be from 0 to 1, is {self.cache_share!r}")
+        if self.overlap not in OVERLAPS:
+            raise RequestError(f'overlap "{self.overlap}" is not one of {", ".join(OVERLAPS)}')
         if self.kv_dtype not in KV_DTYPES:
             raise RequestError(f'kv_dtype "{self.kv_dtype}" is not one of {", ".join(KV_DTYPES)}')

@@ -192,6 +192,7 @@ class Request:
         params: settings of the answer; max_new_tokens must be set.
         grammar: what the text must conform to, if anything.
         salt: whose prompt this is: sequences share cached pages only under the same salt.
+        adapter: the name of the adapter to answer with; "" is the model itself.
         include_stop: whether the stop string that ends the text is part of it (TGI: yes).
         prompt_logprobs: report the log-probability of each prompt token, and this many of the
             likeliest in its place; None reports nothing.
@@ -204,6 +205,7 @@ class Request:
     params: SamplingParams
     grammar: Grammar | None = None
     salt: str = ""
+    adapter: str = ""
     include_stop: bool = False
     prompt_logprobs: int | None = None
 
@@ -212,6 +214,8 @@ class Request:
             raise RequestError("the prompt is empty; give at least one token")
         if self.params.max_new_tokens is None:
             raise RequestError("max_new_tokens is not set; say how long the answer may be")
+        if not isinstance(self.adapter, str):
+            raise RequestError(f"adapter must be a name, is {_shown(self.adapter)}")
         if self.prompt_logprobs is not None and not 0 <= self.prompt_logprobs <= MAX_LOGPROBS:
             raise RequestError(
                 f"prompt_logprobs is {self.prompt_logprobs}; from 0 to {MAX_LOGPROBS} can be had"

@@ -9,16 +9,31 @@ dim, R rows wanted, V vocabulary, F rotary frequencies, P pages, B slots in a pa
 
 from collections.abc import Sequence
 from itertools import takewhile
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from longwing.engine.adapters import AdapterTable
 from longwing.engine.graphs import DecodeGraphs, can_record
+from longwing.engine.options import EngineOptions
 from longwing.engine.rotations import Rotations
 from longwing.engine.sequence import Work
 from longwing.kernels import AttentionInputs, KVPages
 from longwing.models import Decoder
+
+
+def runner_settings(model: Decoder, options: EngineOptions) -> dict[str, Any]:
+    """What a `Runner` is made with, beside the model."""
+    word = str(model.dtype).removeprefix("torch.")
+    return {
+        "num_pages": options.num_pages,
+        "page_len": options.page_len,
+        "kv_dtype": word if options.kv_dtype == "auto" else options.kv_dtype,
+        "most_sequences": options.max_sequences,
+        "adapters": AdapterTable.of_model(model, options),
+    }
 
 
 class Runner:
@@ -30,6 +45,7 @@ class Runner:
         page_len: slots in a page.
         kv_dtype: number type of keys and values, as KVPages names it.
         most_sequences: sequences of a decoding step at most that graphs are made for.
+        adapters: those attached to the model, if any are.
 
     Attributes:
         pages: the cache, one for each layer.
@@ -44,8 +60,10 @@ class Runner:
         page_len: int,
         kv_dtype: str,
         most_sequences: int = 64,
+        adapters: AdapterTable | None = None,
     ) -> None:
         self.model = model
+        self.adapters = adapters
         self.num_pages = num_pages
         self.page_len = page_len
         config = model.config
@@ -53,7 +71,7 @@ class Runner:
             KVPages.allocate(
                 num_pages,
                 page_len,
-                config.num_kv_heads,
+                model.num_kv_heads,
                 config.head_dim,
                 dtype=kv_dtype,
                 device=model.device,
@@ -69,7 +87,11 @@ class Runner:
                 context=min(model.context, num_pages * page_len),
                 most_sequences=most_sequences,
                 rotations=self._rotations,
+                adapters=adapters,
             )
+
+    def close(self) -> None:
+        """End what runs beside it: of one rank alone, nothing."""
 
     @property
     def kv_bytes(self) -> int:
@@ -84,14 +106,19 @@ class Runner:
                 self.graphs.record(shape)
 
     @torch.inference_mode()
-    def forward(self, batch: Sequence[Work]) -> Tensor:
+    def forward(self, batch: Sequence[Work], tokens_T: Tensor | None = None) -> Tensor:
         """Run a step: write its keys and values to the pages; (T, D) hidden states.
 
         What it returns holds until the next step.
+
+        Args:
+            batch: the step.
+            tokens_T: its tokens, int64 on the device, in place of those in `batch`: of a step that
+                is launched before the host knows what the one before it chose.
         """
         shape = None if self.graphs is None else self.graphs.shape(batch)
         if self.graphs is not None and shape is not None:
-            return self.graphs.run(batch, shape)
+            return self.graphs.run(batch, shape, tokens_T)
         tokens: list[int] = []
         positions: list[int] = []
         slots: list[int] = []
@@ -103,7 +130,7 @@ class Runner:
             slots += _slots(work.sequence.pages, work.start, end, self.page_len)
             starts.append(len(tokens))
             context_lens.append(end)
-        tokens_T, positions_T, slots_T, starts_S1, context_lens_S, page_tables_SM = self._placed(
+        known_T, positions_T, slots_T, starts_S1, context_lens_S, page_tables_SM = self._placed(
             np.array(tokens, np.int64),
             np.array(positions, np.int64),
             np.array(slots, np.int64),
@@ -112,6 +139,8 @@ class Runner:
             self._page_tables(batch, context_lens),
         )
         cos_TF, sin_TF = self._rotation(batch, positions_T, starts)
+        if self.adapters is not None:
+            self.adapters.choose(batch, self.model.device)
         inputs = AttentionInputs(
             starts_S1=starts_S1,
             context_lens_S=context_lens_S,
@@ -124,7 +153,7 @@ class Runner:
             most_context=max(context_lens),
             num_decoding=sum(1 for _ in takewhile(lambda work: len(work.token_ids) == 1, batch)),
         )
-        return self.model(tokens_T, positions_T, inputs)
+        return self.model(known_T if tokens_T is None else tokens_T, positions_T, inputs)
 
     @torch.inference_mode()
     def logits(self, hidden_TD: Tensor, rows: Sequence[int]) -> Tensor:

@@ -22,6 +22,9 @@ move it. One such number through the inverse of the cumulative distribution give
 hash and an int64 scan over V (0.04 ms for V = 65,024 on a CPU); Gumbel-max would need V random
 numbers. It also makes speculation exact: sample after each drafted token with that position's own
 number, and keep the draft for as long as it agrees. The text is the one plain decoding gives.
+
+Nothing asks the device anything until `Choosing.read`, so a step can be launched on tokens that the
+host does not know yet; `SamplingState.after` is what is then known of a sequence.
 """
 
 import copy
@@ -35,12 +38,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from longwing.engine.logprobs import WEIGHT_BITS, TokenLogprob, measured, reports, weights
 from longwing.engine.request import SamplingParams
+from longwing.engine.transfers import Answer, placed, take
 from longwing.errors import LogitsError, RequestError
 
-TokenLogprob = tuple[int, float]  # token id, natural logarithm of its probability
+Choice = tuple[int, float | None, list[TokenLogprob]]
+"""A token, its log-probability if it is wanted, and the likeliest in its place."""
 
-_WEIGHT_BITS = 42  # the likeliest token weighs 2**42: up to 2**21 tokens sum to less than 2**63
 _DRAW_BITS = 60  # while drawing, probability 1 is 2**60: exact for float32 above 2**-36
 _COLDEST = 1e-30  # float32 would make 0 of much less; the distribution is one point long before
 _NUM_RANKED = 1024  # first try at how many tokens hold a share; moves no result
@@ -100,6 +105,7 @@ class SamplingState:
         self._uncounted_ids: list[int] = []  # accepted, but not yet in _count_V
         self._in_prompt_V: Tensor | None = None
         self._count_V: Tensor | None = None
+        self._num_ranked = [_NUM_RANKED]  # one for all copies
 
     def accept(self, token_id: int) -> None:
         """The token became text: count it, and go on to the next random number."""
@@ -115,10 +121,35 @@ class SamplingState:
             later.accept(token_id)
         return later
 
+    def after(self, id_1: Tensor, vocab_len: int) -> "SamplingState":
+        """The state as it will be after a token that only the device knows; this one stays.
+
+        Args:
+            id_1: (1,) int64, the token.
+            vocab_len: V of the logits that it came of.
+        """
+        later = copy.copy(self)
+        later.num_generated += 1
+        if self.params.has_penalties:
+            later._in_prompt_V, count_V = self.history(vocab_len, id_1.device)
+            later._count_V = count_V.index_add(0, id_1, torch.ones_like(id_1))
+            later._uncounted_ids = []
+        return later
+
     @property
     def forbidden_ids(self) -> list[int]:
         """Tokens that may not come next."""
         return self._ending_ids if self.num_generated < self.params.min_new_tokens else []
+
+    @property
+    def num_ranked(self) -> int:
+        """Tokens to be ranked for it at first: as many as it took so far. Moves no result."""
+        return self._num_ranked[0]
+
+    def needed(self, num_ranked: int) -> None:
+        """So many were needed, for it or a neighbour."""
+        if self.params.top_p < 1 or self.params.typical_p < 1:
+            self._num_ranked[0] = max(self.num_ranked, num_ranked)
 
     def history(self, vocab_len: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """For each token: is it in the prompt, (V,) bool; how often in the answer, (V,) int64.
@@ -126,10 +157,10 @@ class SamplingState:
         Kept on the device, for one vocabulary and one device, and never changed in place.
         """
         if self._in_prompt_V is None or self._count_V is None:
-            self._in_prompt_V = _count(self._prompt_ids, vocab_len, device) > 0
-            self._count_V = _count([], vocab_len, device)
+            self._count_V = torch.zeros(vocab_len, dtype=torch.int64, device=device)
+            self._in_prompt_V = _counted(self._count_V, self._prompt_ids) > 0
         if self._uncounted_ids:
-            self._count_V = self._count_V + _count(self._uncounted_ids, vocab_len, device)
+            self._count_V = _counted(self._count_V, self._uncounted_ids)
             self._uncounted_ids = []
         return self._in_prompt_V, self._count_V
 
@@ -158,37 +189,96 @@ def sample(logits_SV: Tensor, states: Sequence[SamplingState]) -> SampledTokens:
         LogitsError: a row's logits hold nan or +inf, or rule out every token. It names the rows;
             the others can be sampled without them.
     """
-    if logits_SV.ndim != 2 or logits_SV.shape[0] != len(states):
-        raise RequestError(
-            f"logits for {len(states)} sequences have shape {tuple(logits_SV.shape)}; "
-            f"one row for each is needed"
+    choices = Choosing(logits_SV, states).read()
+    _check_usable([choice is not None for choice in choices])
+    usable = [choice for choice in choices if choice is not None]
+    return SampledTokens(
+        ids=[token_id for token_id, _, _ in usable],
+        logprobs=[logprob for _, logprob, _ in usable],
+        top_logprobs=[top for _, _, top in usable],
+    )
+
+
+class Choosing:
+    """The next token of each sequence, being chosen on the device.
+
+    Args:
+        logits_SV: as for `sample`.
+        states: likewise; they must not have changed when this is read.
+
+    Attributes:
+        ids_S: (S,) int64 on the device, each below V: the tokens, as far as is known until `read`.
+        stands: whether `read` gave these, row by row as far as it gave any. That is not so where
+            far more tokens had to be ranked than is usual, and `ids_S` has changed.
+
+    Raises:
+        RequestError: there is not one state a row.
+    """
+
+    def __init__(self, logits_SV: Tensor, states: Sequence[SamplingState]) -> None:
+        if logits_SV.ndim != 2 or logits_SV.shape[0] != len(states):
+            raise RequestError(
+                f"logits for {len(states)} sequences have shape {tuple(logits_SV.shape)}; "
+                f"one row for each is needed"
+            )
+        self._logits_SV = logits_SV.detach().float()
+        self._states = states
+        self._reporting = _batches(
+            [i for i, s in enumerate(states) if s.params.logprobs is not None]
         )
-    logits_SV = logits_SV.detach().float()
-    num_ranked = _NUM_RANKED
-    while True:
-        ranking = _Ranking(num_ranked)
+        self.stands = True
+        self._num_ranked = max((state.num_ranked for state in states), default=_NUM_RANKED)
+        self._begin()
+
+    @property
+    def vocab_len(self) -> int:
+        """V."""
+        return self._logits_SV.shape[1]
+
+    def read(self) -> list[Choice | None]:
+        """Wait for the tokens; None for the rows whose logits allow none."""
+        while True:
+            first, *numbers = self._answer.read()
+            ids, usable, enough = first.tolist()
+            if all(enough):
+                break
+            self.stands = False
+            self._num_ranked *= 16
+            for state in self._states:
+                state.needed(self._num_ranked)
+            self._begin()
+        choices: list[Choice | None] = [
+            (token_id, None, []) if is_usable else None
+            for token_id, is_usable in zip(ids, usable, strict=True)
+        ]
+        each = len(numbers) // max(len(self._reporting), 1)
+        for place, rows in enumerate(self._reporting):
+            own = numbers[place * each : (place + 1) * each]
+            told = reports(own, self._nums_top(rows), [usable[row] for row in rows])
+            for row, (logprob, top) in zip(rows, told, strict=True):
+                choices[row] = (ids[row], logprob, top) if usable[row] else None
+        return choices
+
+    def _begin(self) -> None:
+        """Give the device all the work, and have it send what `read` reads."""
+        logits_SV, states = self._logits_SV, self._states
+        ranking = _Ranking(self._num_ranked)
         max_S, id_S = logits_SV.max(dim=-1)  # of equals the first, on every device
         usable_S = max_S.isfinite()  # nan, too, is a maximum
         for rows in _batches([i for i, state in enumerate(states) if _needs_more_than_max(state)]):
             own = [states[row] for row in rows]
-            id_R, usable_R = _choose(_take(logits_SV, rows), own, ranking)
+            id_R, usable_R = _choose(take(logits_SV, rows), own, ranking)
             id_S = _put(id_S, rows, id_R)
             usable_S = _put(usable_S, rows, usable_R)
-        # All that the host asks of the device, in one question: it has waited for nothing so far.
-        answer = torch.stack((id_S, usable_S.long(), ranking.enough(id_S)))
-        ids, usable, enough = answer.tolist()
-        if all(enough):
-            break
-        num_ranked *= 16
-    _check_usable(usable)
-    logprobs: list[float | None] = [None] * len(states)
-    top_logprobs: list[list[TokenLogprob]] = [[] for _ in states]
-    for rows in _batches([i for i, s in enumerate(states) if s.params.logprobs is not None]):
-        nums_top = [states[row].params.logprobs or 0 for row in rows]
-        reports = _logprobs(logits_SV[rows], max_S[rows], id_S[rows], nums_top)
-        for row, (own_logprob, top) in zip(rows, reports, strict=True):
-            logprobs[row], top_logprobs[row] = own_logprob, top
-    return SampledTokens(ids=ids, logprobs=logprobs, top_logprobs=top_logprobs)
+        self.ids_S = id_S
+        answer = [torch.stack((id_S, usable_S.long(), ranking.enough(id_S)))]
+        for rows in self._reporting:
+            max_R, id_R = take(max_S, rows), take(id_S, rows)
+            answer += measured(take(logits_SV, rows), max_R, id_R, self._nums_top(rows))
+        self._answer = Answer(answer)
+
+    def _nums_top(self, rows: Sequence[int]) -> list[int]:
+        return [self._states[row].params.logprobs or 0 for row in rows]
 
 
 def prompt_logprobs(
@@ -207,10 +297,11 @@ def prompt_logprobs(
     logits_RV = logits_RV.detach().float()
     max_R = logits_RV.amax(dim=-1)
     _check_usable(max_R.isfinite().tolist())
-    ids = torch.tensor(id_R, dtype=torch.long, device=logits_RV.device)
-    return [
-        (own, top[:num_top]) for own, top in _logprobs(logits_RV, max_R, ids, [num_top] * len(id_R))
-    ]
+    ids = placed(id_R, torch.int64, logits_RV.device)
+    nums_top = [num_top] * len(id_R)
+    numbers = [tensor.cpu() for tensor in measured(logits_RV, max_R, ids, nums_top)]
+    told = reports(numbers, nums_top, [True] * len(id_R))
+    return [(own, top) for own, top in told if own is not None]
 
 
 def probabilities(logits_V: Tensor, state: SamplingState) -> Tensor:
@@ -247,15 +338,12 @@ def adjusted(logits_RV: Tensor, states: Sequence[SamplingState]) -> Tensor:
         logits_RV = logits_RV.masked_fill(~_allowed(states, logits_RV), -math.inf)
     rows = [row for row, state in enumerate(states) if state.params.has_penalties]
     if rows:
-        logits_RV = logits_RV.index_put(
-            (torch.tensor(rows, device=logits_RV.device),),
-            _penalised(logits_RV[rows], [states[row] for row in rows]),
-        )
+        own = [states[row] for row in rows]
+        logits_RV = _put(logits_RV, rows, _penalised(take(logits_RV, rows), own))
     for row, state in enumerate(states):
         if forbidden := [i for i in state.forbidden_ids if i < logits_RV.shape[1]]:
-            rest_V = logits_RV[row].index_fill(
-                0, torch.tensor(forbidden, device=logits_RV.device), -math.inf
-            )
+            forbidden_I = placed(forbidden, torch.int64, logits_RV.device)
+            rest_V = logits_RV[row].index_fill(0, forbidden_I, -math.inf)
             if state.allowed_V is None or bool((rest_V > -math.inf).any()):
                 logits_RV = logits_RV.clone()
                 logits_RV[row] = rest_V
@@ -302,9 +390,9 @@ def _choose(
     max_R, id_R = logits_RV.max(dim=-1)
     if rows := [row for row, state in enumerate(states) if not state.params.is_greedy]:
         params = [states[row].params for row in rows]
-        probs_RV = _distribution(_take(logits_RV, rows), params, ranking)
+        probs_RV = _distribution(take(logits_RV, rows), params, ranking)
         numbers = [uniform(states[row].seed, states[row].num_generated) for row in rows]
-        drawn_R = _draw(probs_RV, _placed(numbers, torch.float64, id_R.device))
+        drawn_R = _draw(probs_RV, placed(numbers, torch.float64, id_R.device))
         id_R = _put(id_R, rows, drawn_R)
     return id_R, max_R.isfinite()
 
@@ -315,14 +403,14 @@ def _distribution(
     """Temperature and filters: (R, V) float32, every row of sum 1. None of the rows is greedy."""
     temperature_R1 = _column([max(p.temperature, _COLDEST) for p in params], logits_RV.device)
     z_RV = (logits_RV - logits_RV.amax(dim=-1, keepdim=True)) / temperature_R1
-    weights_RV = _weights(z_RV)
+    weights_RV = weights(z_RV)
     for limit_of, off, keep in _FILTERS:
         # Only rows that ask for a filter go through it; the others are not even copied.
         rows = [row for row, p in enumerate(params) if limit_of(p) != off]
         if rows:
             limits = [limit_of(params[row]) for row in rows]
             limit = _Limit(limits, _column(limits, logits_RV.device, torch.float64), ranking)
-            kept_RV = keep(_take(weights_RV, rows), _take(z_RV, rows), limit)
+            kept_RV = keep(take(weights_RV, rows), take(z_RV, rows), limit)
             weights_RV = _put(weights_RV, rows, kept_RV)
     total_R1 = weights_RV.sum(dim=-1, keepdim=True)
     return (weights_RV.double() / total_R1.double()).float()
@@ -359,11 +447,6 @@ class _Limit:
     ranking: _Ranking
 
 
-def _weights(z_RV: Tensor) -> Tensor:
-    """exp(z), for z <= 0, in whole multiples of 2**-42, rounded down; the scaling is exact."""
-    return (z_RV.exp() * 2.0**_WEIGHT_BITS).long()
-
-
 # The filters take weights (R, V), z (R, V) and their limits; they return weights, 0 for the tokens
 # that go. Every one of them leaves at least one token.
 
@@ -397,7 +480,7 @@ def _keep_typical(weights_RV: Tensor, z_RV: Tensor, share: _Limit) -> Tensor:
     """
     kept_RV = weights_RV > 0
     z_RV = torch.where(kept_RV, z_RV, 0.0)
-    moment_R1 = (z_RV * z_RV.exp() * 2.0**_WEIGHT_BITS).long().sum(dim=-1, keepdim=True)
+    moment_R1 = (z_RV * z_RV.exp() * 2.0**WEIGHT_BITS).long().sum(dim=-1, keepdim=True)
     mean_R1 = moment_R1.double() / weights_RV.sum(dim=-1, keepdim=True).double()
     nearness_RV = -torch.where(kept_RV, (z_RV - mean_R1.float()).abs(), math.inf)
     border_R1 = _border(nearness_RV, weights_RV, share.column_R1, share.ranking)
@@ -426,53 +509,14 @@ def _border(
 def _draw(probs_RV: Tensor, u_R: Tensor) -> Tensor:
     """Ids (R,): the first at which the cumulative weight exceeds u times the total.
 
-    A token of weight 0 is never the first to exceed anything.
+    A token of weight 0 is never the first to exceed anything. In a row of nan, which has none, any
+    token is named, but one that there is: a step may be under way with it before that is found out.
     """
     sums_RV = (probs_RV.double() * 2.0**_DRAW_BITS).long().cumsum(dim=-1)
     # Below the total even when rounded, since u is at most 1 - 2**-53: some token does exceed it.
     target_R = (u_R * sums_RV[:, -1].double()).long()
-    return torch.searchsorted(sums_RV, target_R[:, None], right=True)[:, 0]
-
-
-def _logprobs(
-    logits_RV: Tensor, max_R: Tensor, id_R: Tensor, nums_top: Sequence[int]
-) -> list[tuple[float, list[TokenLogprob]]]:
-    """For each row the log-probability of its token, and its likeliest tokens.
-
-    The device adds up; Python takes the logarithms, so that they are the same on every device.
-    """
-    total_R = _weights(logits_RV - max_R[:, None]).sum(dim=-1)
-    own_R = logits_RV.gather(1, id_R[:, None])[:, 0]
-    tops = _highest(logits_RV, nums_top)
-    reports = []
-    for own, top, highest, total in zip(
-        own_R.tolist(), tops, max_R.tolist(), total_R.tolist(), strict=True
-    ):
-        log_total = math.log(total / 2**_WEIGHT_BITS)
-        top_logprobs = [(token_id, logit - highest - log_total) for token_id, logit in top]
-        reports.append((own - highest - log_total, top_logprobs))
-    return reports
-
-
-def _highest(logits_RV: Tensor, nums: Sequence[int]) -> list[list[tuple[int, float]]]:
-    """The ids and logits of each row's highest, highest first, of equals the lowest id first.
-
-    topk chooses freely among equals, so it only says how high the last one is; all that are as
-    high are sorted here.
-    """
-    vocab_len = logits_RV.shape[1]
-    highest_RC = logits_RV.topk(min(max(*nums, 1), vocab_len), dim=-1).values
-    num_R1 = torch.tensor(nums, device=logits_RV.device).clamp(1, vocab_len)[:, None]
-    candidate_RV = (logits_RV >= highest_RC.gather(1, num_R1 - 1)) & (logits_RV > -math.inf)
-    rows, ids = candidate_RV.nonzero(as_tuple=True)
-    found: list[list[tuple[int, float]]] = [[] for _ in nums]
-    for row, token_id, logit in zip(
-        rows.tolist(), ids.tolist(), logits_RV[rows, ids].tolist(), strict=True
-    ):
-        found[row].append((token_id, logit))
-    for candidates in found:
-        candidates.sort(key=lambda pair: -pair[1])  # stable, and they came by id
-    return [candidates[:num] for candidates, num in zip(found, nums, strict=True)]
+    found_R = torch.searchsorted(sums_RV, target_R[:, None], right=True)[:, 0]
+    return found_R.clamp(max=probs_RV.shape[1] - 1)
 
 
 def _needs_more_than_max(state: SamplingState) -> bool:
@@ -497,37 +541,28 @@ def _check_usable(usable: Sequence[object]) -> None:
         )
 
 
-def _count(ids: Sequence[int], vocab_len: int, device: torch.device) -> Tensor:
-    """(V,) int64. Ids without a logit are left out: an embedding may be longer than the output."""
-    known = [token_id for token_id in ids if token_id < vocab_len]
-    return torch.bincount(torch.tensor(known, dtype=torch.long), minlength=vocab_len).to(device)
+def _counted(count_V: Tensor, ids: Sequence[int]) -> Tensor:
+    """Counts with those of some tokens added, (V,) int64, and never in place.
+
+    Ids without a logit are left out: an embedding may be longer than the output.
+    """
+    known = [token_id for token_id in ids if token_id < len(count_V)]
+    known_I = placed(known, torch.int64, count_V.device)
+    return count_V.index_add(0, known_I, torch.ones_like(known_I))
 
 
 def _column(
     values: Sequence[float], device: torch.device, dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """(R, 1)."""
-    return _placed(values, dtype, device)[:, None]
-
-
-def _placed(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Numbers on a device, without waiting for what it is doing: that takes pinned memory."""
-    on_host = torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
-    return on_host.to(device, non_blocking=True)
-
-
-def _take(x_RV: Tensor, rows: Sequence[int]) -> Tensor:
-    """Some rows; the tensor itself if they are all."""
-    if len(rows) == len(x_RV):
-        return x_RV
-    return x_RV.index_select(0, _placed(rows, torch.int64, x_RV.device))
+    return placed(values, dtype, device)[:, None]
 
 
 def _put(x_R: Tensor, rows: Sequence[int], new_R: Tensor) -> Tensor:
     """The tensor with some rows replaced; the new one itself if they are all."""
     if len(rows) == len(x_R):
         return new_R
-    return x_R.index_copy(0, _placed(rows, torch.int64, x_R.device), new_R)
+    return x_R.index_copy(0, placed(rows, torch.int64, x_R.device), new_R)
 
 
 def _batches(rows: Sequence[int]) -> list[Sequence[int]]:

@@ -56,6 +56,7 @@ class Scheduler:
         self._max_running = min(options.max_sequences, self._budget)
         self._running: list[Sequence] = []  # both oldest first
         self._waiting: list[Sequence] = []
+        self._is_settled = True  # whoever waits has been tried, and nothing has changed since
         self._num_added = 0
         self._num_prompt_tokens = 0
         self._num_cached_tokens = 0
@@ -123,6 +124,7 @@ class Scheduler:
         sequence._age = self._num_added
         sequence._state = State.WAITING
         self._waiting.append(sequence)
+        self._is_settled = False
 
     def schedule(self) -> list[Work]:
         """The next step, at most `max_batch_tokens` tokens; [] if there is nothing to do.
@@ -132,6 +134,7 @@ class Scheduler:
         """
         if self._give_each_its_next_page():
             self._let_in()
+            self._is_settled = True
         decoding: list[Sequence] = []
         reading: list[Sequence] = []
         for sequence in self._running:
@@ -142,6 +145,37 @@ class Scheduler:
             works += self._read(reading, sum(len(work.token_ids) for work in works))
         self._num_steps += bool(works)
         return works
+
+    def schedule_ahead(self, batch: Iterable[Work]) -> list[Work]:
+        """The step after one that is under way, if it can be known by now; else [].
+
+        It can if everyone at work is decoding and nobody can come to have a draft by it, nobody is
+        waiting for whom there might be room, and there are pages: nobody loses his for it. Who will
+        have reached his max_len is left out. The others' works are to be committed, or their
+        sequences finished, after those under way and before the next `schedule`.
+
+        Args:
+            batch: what is under way, not committed yet.
+
+        Returns:
+            Works in the order of `batch`, each with one token, 0 in place of what it will be.
+        """
+        under_way = [work for work in batch if work.sequence._state is State.RUNNING]
+        if len(under_way) < len(self._running) or not all(map(_decodes, under_way)):
+            return []
+        going_on = [
+            work.sequence
+            for work in under_way
+            if len(work.sequence.tokens) + 1 < work.sequence.max_len
+        ]
+        if self._waiting and not (self._is_settled and len(going_on) == len(under_way)):
+            return []
+        if not all(self._goes_on_plainly(sequence) for sequence in going_on):
+            return []
+        if not all(self._grow(sequence, len(sequence.tokens) + 1) for sequence in going_on):
+            return []
+        self._num_steps += bool(going_on)
+        return [Work(sequence, len(sequence.tokens), [0], 0, True) for sequence in going_on]
 
     def commit(self, work: Work, accepted: Iterable[int]) -> None:
         """Record what a step did. Nothing happens if the sequence was finished meanwhile.
@@ -182,6 +216,7 @@ class Scheduler:
 
     def finish(self, sequence: Sequence) -> None:
         """End a sequence, done, failed or cancelled, and release its pages. Idempotent."""
+        self._is_settled = False
         if sequence._state is State.RUNNING:
             self._running.remove(sequence)
             self._release_pages(sequence)
@@ -233,6 +268,7 @@ class Scheduler:
         sequence.num_preemptions += 1
         sequence._state = State.WAITING
         insort(self._waiting, sequence, key=_age)
+        self._is_settled = False
         self._num_preempted += 1
 
     def _release_pages(self, sequence: Sequence) -> None:
@@ -360,6 +396,17 @@ class Scheduler:
             del drafts[len(sequence.pages) * self.cache.page_len - num_tokens :]
         return drafts
 
+    def _goes_on_plainly(self, sequence: Sequence) -> bool:
+        """Whether the step after its next token brings one token, whatever that token will be."""
+        if not sequence.can_draft:
+            return False  # its next tokens hang on the one before
+        if len(self._running) > self._draft_sequences:
+            return True
+        lookup = self._index(sequence)
+        if lookup is None or len(lookup) < len(sequence.tokens):
+            return True
+        return not lookup.may_draft_next()
+
     def _index(self, sequence: Sequence) -> PromptLookup | None:
         """The sequence's lookup, some way further; None if it does not want one."""
         if not self._max_draft or not sequence.can_draft:
@@ -413,6 +460,12 @@ def _set(options: SchedulerOptions, name: str) -> int:
     """A limit; where it is unset, a CPU's."""
     value: int | None = getattr(options, name)
     return DEFAULTS["cpu"][name] if value is None else value
+
+
+def _decodes(work: Work) -> bool:
+    """Whether it is plain decoding, of a text whose prompt has been read."""
+    is_read = work.start >= work.sequence.prompt_len
+    return is_read and work.wants_token and len(work.token_ids) == 1
 
 
 def _age(sequence: Sequence) -> int:

@@ -285,8 +285,7 @@ class EngineService:
             for progress in self.on_loading:
                 progress(message["done"], message["total"])
         elif op == "ready":
-            rungs = tuple(message["info"].pop("rope_rungs"))
-            self.info = EngineInfo(**message["info"], rope_rungs=rungs)
+            self.info = EngineInfo.from_wire(message["info"])
             if self.status == "starting":
                 self.status = "ready"
             self._tell_start(None)

@@ -1,6 +1,8 @@
 """What an engine is, and how it is doing: numbers for /info, /metrics and the log. No torch."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, Self
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -13,18 +15,20 @@ class EngineInfo:
         quantization: "gptq 4-bit group 128", or "none".
         dtype: number type of the activations.
         kv_dtype: number type of cached keys and values.
-        device: "cpu" or "cuda:0".
+        device: "cpu" or "cuda:0"; the first rank's.
         device_name: the card's or processor's name.
         vocab_size: tokens the model knows.
         context: longest prompt and answer together, in tokens.
         num_pages: pages of the KV cache.
         page_len: tokens in a page.
-        kv_bytes: bytes of all pages.
-        weight_bytes: bytes of all weights.
+        kv_bytes: bytes of all pages; of each rank.
+        weight_bytes: bytes of all weights; of the first rank.
         max_sequences: sequences in one batch at most.
         max_batch_tokens: tokens in one step at most.
         rope_method: "default", "dynamic"…; "alibi" for models without rotary positions.
         rope_rungs: lengths at which the RoPE base changes; a sequence keeps its rung.
+        ranks: devices that share the model, each with a part of every matrix and page.
+        adapters: names of the adapters that are served beside the model.
     """
 
     name: str
@@ -44,6 +48,14 @@ class EngineInfo:
     max_batch_tokens: int
     rope_method: str
     rope_rungs: tuple[int, ...]
+    ranks: int = 1
+    adapters: tuple[str, ...] = ()
+
+    @classmethod
+    def from_wire(cls, wire: Mapping[str, Any]) -> Self:
+        """Undo `asdict` and JSON, which knows no tuples."""
+        lists = {name: tuple(wire[name]) for name in ("rope_rungs", "adapters")}
+        return cls(**{**wire, **lists})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,6 +4,7 @@ JSON, because it can only ever become plain data. A frame is one object with an 
 sends "add", "cancel" and "stop", the engine "loading", "ready", "refused" and "events".
 """
 
+import socket
 import struct
 from dataclasses import asdict
 from typing import Any
@@ -46,6 +47,29 @@ def from_body(body: bytes) -> dict[str, Any]:
     return message
 
 
+def receive(sock: socket.socket) -> dict[str, Any] | None:
+    """The next message of a socket; None if the other side has left.
+
+    Raises:
+        OSError: the socket is broken, or its timeout over.
+    """
+    header = _exactly(sock, HEADER.size)
+    body = None if header is None else _exactly(sock, body_len(header))
+    return None if body is None else from_body(body)
+
+
+def _exactly(sock: socket.socket, length: int) -> bytes | None:
+    """So many bytes; None if the other side has left."""
+    parts: list[bytes] = []
+    while length:
+        part = sock.recv(min(length, 1 << 20))
+        if not part:
+            return None
+        parts.append(part)
+        length -= len(part)
+    return b"".join(parts)
+
+
 def request_to_wire(request: Request) -> dict[str, Any]:
     """A request as plain data."""
     params = asdict(request.params)
@@ -56,6 +80,7 @@ def request_to_wire(request: Request) -> dict[str, Any]:
         "params": params,
         "grammar": None if request.grammar is None else asdict(request.grammar),
         "salt": request.salt,
+        "adapter": request.adapter,
         "include_stop": request.include_stop,
         "prompt_logprobs": request.prompt_logprobs,
     }
@@ -72,6 +97,7 @@ def request_from_wire(wire: dict[str, Any]) -> Request:
         params=SamplingParams(**params),
         grammar=None if grammar is None else Grammar(**grammar),
         salt=wire["salt"],
+        adapter=wire["adapter"],
         include_stop=wire["include_stop"],
         prompt_logprobs=wire["prompt_logprobs"],
     )

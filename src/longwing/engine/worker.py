@@ -26,7 +26,7 @@ from longwing.engine.loading import load_engine
 from longwing.engine.options import EngineOptions
 from longwing.engine.status import EngineInfo
 from longwing.engine.warmup import warm_up
-from longwing.engine.wire import HEADER, body_len, from_body, request_from_wire, to_frame
+from longwing.engine.wire import receive, request_from_wire, to_frame
 from longwing.errors import (
     CapacityError,
     EngineError,
@@ -53,15 +53,16 @@ def run(sock: socket.socket, load: Load) -> None:
             last = now
             _send(sock, {"op": "loading", "done": done, "total": total})
 
-    try:
-        engine, info = load(loading)
-        warm_up(engine)
-    except LongwingError as error:
-        _send(sock, {"op": "refused", "message": str(error)})
-        return
-    threading.Thread(target=_read, args=(sock, inbox), name="engine inbox", daemon=True).start()
-    _send(sock, {"op": "ready", "info": asdict(info)})
-    with contextlib.closing(engine):
+    with contextlib.ExitStack() as stack:
+        try:
+            engine, info = load(loading)
+            stack.enter_context(contextlib.closing(engine))
+            warm_up(engine)
+        except LongwingError as error:
+            _send(sock, {"op": "refused", "message": str(error)})
+            return
+        threading.Thread(target=_read, args=(sock, inbox), name="engine inbox", daemon=True).start()
+        _send(sock, {"op": "ready", "info": asdict(info)})
         _serve(sock, engine, inbox)
     with contextlib.suppress(OSError):  # the other side may have left first
         sock.shutdown(socket.SHUT_RDWR)  # wakes the reader; to close the socket would not
@@ -136,26 +137,11 @@ def _drain(
 def _read(sock: socket.socket, inbox: "queue.SimpleQueue[dict[str, Any] | None]") -> None:
     """Move messages from the socket to the inbox; None at its end."""
     try:
-        while (header := _exactly(sock, HEADER.size)) is not None:
-            body = _exactly(sock, body_len(header))
-            if body is None:
-                break
-            inbox.put(from_body(body))
+        while (message := receive(sock)) is not None:
+            inbox.put(message)
     except OSError:
         pass
     inbox.put(None)
-
-
-def _exactly(sock: socket.socket, length: int) -> bytes | None:
-    """So many bytes; None if the other side has left."""
-    parts: list[bytes] = []
-    while length:
-        part = sock.recv(min(length, 1 << 20))
-        if not part:
-            return None
-        parts.append(part)
-        length -= len(part)
-    return b"".join(parts)
 
 
 def _send(sock: socket.socket, message: dict[str, Any]) -> None:
@@ -202,13 +188,20 @@ def main() -> None:
     settings = json.loads(os.environ["LONGWING_ENGINE"])
     logging.basicConfig(level=settings["log_level"], format="%(levelname)s engine: %(message)s")
     options, path = EngineOptions(**settings["options"]), Path(settings["path"])
+    status = 0
     with (
         socket.socket(fileno=int(sys.argv[1])) as sock,
         contextlib.suppress(BrokenPipeError, ConnectionResetError),
     ):
-        run(sock, lambda progress: load_engine(path, options, progress=progress))
+        try:
+            run(
+                sock, lambda progress: load_engine(path, options, progress=progress, dedicated=True)
+            )
+        except EngineError as error:
+            _log.critical("%s", error)
+            status = 1
     sys.stdout.flush()
-    os._exit(0)  # a reader thread blocked in recv, or a CUDA context, must not delay the end
+    os._exit(status)  # a reader thread blocked in recv, or a CUDA context, must not delay the end
 
 
 if __name__ == "__main__":

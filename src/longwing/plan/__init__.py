@@ -30,7 +30,7 @@ from longwing.plan.speed import (
 )
 from longwing.plan.table import explain
 from longwing.plan.weights import WeightBytes, check_group_size
-from longwing.plan.workspace import RUNTIME_BYTES, Workspace
+from longwing.plan.workspace import RUNTIME_BYTES, Workspace, graphs_bytes
 
 __all__ = [
     "BANDWIDTH",
@@ -50,6 +50,7 @@ __all__ = [
     "explain",
     "explain_fleet",
     "format_size",
+    "graphs_bytes",
     "known_config",
     "kv_bytes_per_token",
     "parse_context",

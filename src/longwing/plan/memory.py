@@ -28,6 +28,7 @@ from longwing.plan.workspace import (
     attends_streamed,
     dense_slice_bytes,
     dequantised_bytes,
+    graphs_bytes,
     logits_bytes,
     mask_bytes,
     rope_table_bytes,
@@ -212,6 +213,7 @@ def plan(
     kv_per_token = kv_bytes_per_token(config, kv_dtype)
     has_mask = not attends_streamed(config, value_bytes)
     streamed = quant is not None and runs_streamed(model, quant, value_bytes)
+    records = not has_mask and (quant is None or streamed)
 
     def dequantised(tokens: int) -> int:
         if quant is None:
@@ -235,6 +237,7 @@ def plan(
             unpacked_zeros=unpacked_zeros(),
             logits=logits_bytes(config, batch, head_bytes),
             rope_tables=rope_table_bytes(config, context),
+            graphs=graphs_bytes(config, batch) if records else 0,
         )
 
     def fits(context: int) -> bool:

@@ -56,6 +56,7 @@ _WORKSPACE = {
     "unpacked_zeros": ("unpacked zeros", "zero points take a byte each in memory"),
     "logits": ("logits", "one row a sequence"),
     "rope_tables": ("RoPE tables", "cos and sin of every position"),
+    "graphs": ("CUDA graphs", "decoding steps, recorded"),
     "runtime": ("runtime", "CUDA context and libraries"),
 }
 """Field -> what to call it, and what it is."""

@@ -23,12 +23,20 @@ from longwing.rope import ladder
 
 RUNTIME_BYTES = 2**30
 """What a CUDA process takes beside its tensors: driver context, loaded kernels, what the allocator
-loses between blocks. CUDA graphs are counted by the engine that records them.
+loses between blocks; without CUDA graphs (`graphs_bytes`).
 
 Measured (H200, CUDA 13, torch 2.11): 527 MiB for the bare context, 729 MiB after matrix products
 and attention; 1,143 MiB beside Falcon-40B's tensors after decoding and a prompt of 24,000 tokens,
 of which the allocator gives some back where memory is short.
 """
+
+GRAPH_LAYER_BYTES = 116 * 2**10
+"""What a layer takes in a decoding step recorded as a CUDA graph: 113 KiB, from the 152 MiB that 23
+graphs of Falcon-40B took (H200)."""
+
+NUM_GRAPHS = {1: 10, 2: 16, 4: 24, 8: 26, 12: 28, 16: 30, 24: 32, 32: 34, 48: 36, 64: 38}
+"""Graphs that come to be recorded where so many sequences run at once at most, with drafts and
+without (a test holds `engine.graphs` to it); larger steps are not recorded."""
 
 DEQUANTISE_BYTES = 15
 """Bytes per value of a tile that `kernels.dequantize` holds beside its result, whatever the dtype.
@@ -56,6 +64,8 @@ class Workspace:
             `unpacked_zeros_bytes`.
         logits: of one step; see `logits_bytes`.
         rope_tables: cos and sin of every rung; see `rope_table_bytes`.
+        graphs: of decoding steps, where all of them runs through the GPU's kernels, so that they
+            are recorded; see `graphs_bytes`.
         runtime: RUNTIME_BYTES.
     """
 
@@ -65,6 +75,7 @@ class Workspace:
     unpacked_zeros: int
     logits: int
     rope_tables: int
+    graphs: int
     runtime: int = RUNTIME_BYTES
 
     @property
@@ -164,6 +175,13 @@ def logits_bytes(config: ModelConfig, batch: int, head_bytes: int) -> int:
     Never for a whole prompt: 24,576 tokens of Falcon would take 6.4 GB.
     """
     return batch * config.vocab_size * (head_bytes + 4)
+
+
+def graphs_bytes(config: ModelConfig, sequences: int) -> int:
+    """Decoding steps recorded as CUDA graphs, for all batches up to so many sequences."""
+    at_most = min(sequences, max(NUM_GRAPHS))
+    num = next(num for size, num in NUM_GRAPHS.items() if at_most <= size)
+    return num * config.num_layers * GRAPH_LAYER_BYTES
 
 
 def rope_table_bytes(config: ModelConfig, context: int) -> int:

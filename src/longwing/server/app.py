@@ -26,7 +26,7 @@ from longwing.server.openai_completions import create_completion
 from longwing.server.openai_refusals import read
 from longwing.server.openai_schema import ChatBody, CompletionBody
 from longwing.server.options import ServerOptions
-from longwing.server.serving import Service, Serving, lengths
+from longwing.server.serving import Service, Serving, check_adapter_names, lengths
 from longwing.tokenizer import Tokenizer
 
 
@@ -37,10 +37,12 @@ def serving_for(
 
     Raises:
         EngineDeadError: it has not.
-        ConfigError: the options ask for more than its context.
+        ConfigError: the options ask for more than its context, or an adapter goes by a name of the
+            model.
     """
     if service.info is None:
         raise EngineDeadError("the engine has not started")
+    check_adapter_names(model_id, service.info.adapters)
     max_input_len, max_total_len = lengths(options, service.info.context)
     return Serving(
         service=service,

@@ -17,7 +17,7 @@ from longwing.server.body import JsonRoute
 from longwing.server.openai_chat import create_chat_completion
 from longwing.server.openai_completions import create_completion
 from longwing.server.openai_refusals import invalid, refuse_unsupported
-from longwing.server.openai_request import check_model
+from longwing.server.openai_request import adapter_of
 from longwing.server.openai_schema import ChatBody, CompletionBody, ErrorBody
 from longwing.server.serving import Serving, serving_of
 
@@ -69,15 +69,17 @@ _ANSWER: dict[int | str, dict[str, Any]] = {
 
 @router.get("/models", responses=FAULTS)
 async def models(serving: Annotated[Serving, Depends(serving_of)]) -> dict[str, Any]:
-    """The one model that is served."""
-    return {"object": "list", "data": [_model(serving)]}
+    """The model that is served, and its adapters, whose `parent` it is."""
+    return {
+        "object": "list",
+        "data": [_model(serving), *(_model(serving, name) for name in serving.adapters)],
+    }
 
 
 @router.get("/models/{model_id:path}", responses=FAULTS)
 async def model(model_id: str, serving: Annotated[Serving, Depends(serving_of)]) -> dict[str, Any]:
-    """The model, if that is its name."""
-    check_model(serving, model_id)
-    return _model(serving)
+    """The model, or one of its adapters, if that is its name."""
+    return _model(serving, adapter_of(serving, model_id))
 
 
 @router.post("/completions", responses={**FAULTS, **_ANSWER}, response_class=Response)
@@ -94,13 +96,14 @@ async def chat_completions(body: ChatBody, http: HttpRequest) -> Response:
     return await create_chat_completion(body, http)
 
 
-def _model(serving: Serving) -> dict[str, Any]:
+def _model(serving: Serving, adapter: str = "") -> dict[str, Any]:
     return {
-        "id": serving.model_id,
+        "id": adapter or serving.model_id,
         "object": "model",
         "created": serving.created,
         "owned_by": "longwing",
         "max_model_len": serving.max_total_len,
+        **({"parent": serving.model_id} if adapter else {}),
     }
 
 

@@ -18,8 +18,8 @@ from longwing.server.openai_grammar import chat_grammar, must_call, offered
 from longwing.server.openai_logprobs import Score, ScoreQueue, chat_logprobs
 from longwing.server.openai_refusals import read, refusal
 from longwing.server.openai_request import (
+    adapter_of,
     check_grammar,
-    check_model,
     fitted,
     headers_of,
     samples,
@@ -48,7 +48,7 @@ async def create_chat_completion(body: dict[str, Any] | ChatBody, http: HttpRequ
 
 
 async def _answer(serving: Serving, body: ChatBody, http: HttpRequest, began: float) -> Response:
-    check_model(serving, body.model)
+    adapter = adapter_of(serving, body.model)
     _check(body)
     grammar = chat_grammar(body)
     check_grammar(serving, grammar)
@@ -57,7 +57,7 @@ async def _answer(serving: Serving, body: ChatBody, http: HttpRequest, began: fl
     prompt = fitted(serving, body, ids, wanted=body.most_tokens)
     top = (body.top_logprobs or 0) if body.logprobs else None
     params = sampling(serving, body, prompt.max_new, logprobs=top)
-    requests = samples(http, body, prompt, params, grammar=grammar)
+    requests = samples(http, body, prompt, params, adapter=adapter, grammar=grammar)
     names = frozenset(tool.function.name for tool in tools)
     exchange = Exchange(
         serving=serving,

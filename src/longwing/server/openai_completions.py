@@ -20,8 +20,8 @@ from longwing.server.openai_logprobs import Score, ScoreQueue, completion_logpro
 from longwing.server.openai_refusals import read, refusal
 from longwing.server.openai_request import (
     Prompt,
+    adapter_of,
     check_grammar,
-    check_model,
     fitted,
     headers_of,
     samples,
@@ -51,7 +51,7 @@ async def create_completion(body: dict[str, Any] | CompletionBody, http: HttpReq
 async def _answer(
     serving: Serving, body: CompletionBody, http: HttpRequest, began: float
 ) -> Response:
-    check_model(serving, body.model)
+    adapter = adapter_of(serving, body.model)
     _check(serving, body)
     grammar = structured_grammar(body)
     check_grammar(serving, grammar)
@@ -63,7 +63,7 @@ async def _answer(
         ids = one if isinstance(one, list) else await _encoded(serving, body, one)
         prompt = fitted(serving, body, ids, wanted=wanted, default=DEFAULT_LEN)
         num_dropped += prompt.num_dropped
-        group = _requests(serving, body, http, prompt, grammar)
+        group = _requests(serving, body, http, prompt, adapter, grammar)
         echo = _echoed(serving.tokenizer, one, prompt) if body.echo else ""
         choices += [
             TextChoice(len(choices) + place, serving.tokenizer, body, echo)
@@ -199,6 +199,7 @@ def _requests(
     body: CompletionBody,
     http: HttpRequest,
     prompt: Prompt,
+    adapter: str,
     grammar: Grammar | None,
 ) -> list[Request]:
     with_prompt = body.echo and body.logprobs is not None
@@ -207,6 +208,7 @@ def _requests(
         body,
         prompt,
         sampling(serving, body, prompt.max_new, logprobs=body.logprobs),
+        adapter=adapter,
         grammar=grammar,
         prompt_logprobs=body.logprobs if with_prompt else None,
     )

@@ -138,7 +138,8 @@ class Exchange:
     def __post_init__(self) -> None:
         self._id = f"{self.prefix}-{secrets.token_hex(16)}"
         self._created = int(time.time())
-        self._fingerprint = fingerprint(self.serving)
+        self._adapter = self.requests[0].adapter
+        self._fingerprint = fingerprint(self.serving, self._adapter)
 
     async def answer(self, *, stream: bool, options: StreamOptions | None) -> Response:
         """The response: of one piece, or a stream that has begun.
@@ -247,7 +248,7 @@ class Exchange:
             "id": self._id,
             "object": kind,
             "created": self._created,
-            "model": self.serving.model_id,
+            "model": self._adapter or self.serving.model_id,
             "system_fingerprint": self._fingerprint,
         }
 
@@ -295,10 +296,10 @@ def counted(metrics: Metrics) -> Iterator[float]:
         raise openai_fault(error) from error
 
 
-def fingerprint(serving: Serving) -> str:
+def fingerprint(serving: Serving, adapter: str = "") -> str:
     """Names what answers are made with: the version, the model, its number types, the device."""
     info = serving.service.info
-    made_with = [serving.model_id]
+    made_with = [serving.model_id, *([adapter] if adapter else [])]
     if info is not None:
         made_with += [info.quantization, info.dtype, info.kv_dtype, info.device_name]
     digest = hashlib.sha256("\0".join(made_with).encode()).hexdigest()[:12]

@@ -12,10 +12,7 @@ from longwing.engine.request import MAX_SEED, Grammar, Request, SamplingParams
 from longwing.server.faults import OpenAIFault
 from longwing.server.openai_refusals import WITHOUT_EFFECT, refusal
 from longwing.server.openai_schema import ChatBody, SamplingBody
-from longwing.server.serving import Serving
-
-ANY_MODEL = frozenset(["", "tgi", "dummy"])
-"""What clients of a server with one model write for its name (huggingface_hub: "dummy")."""
+from longwing.server.serving import Serving, model_names
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,19 +30,23 @@ class Prompt:
     num_dropped: int = 0
 
 
-def check_model(serving: Serving, name: str | None) -> None:
-    """Refuse every model but the one that is served, which may go by its folder's name.
+def adapter_of(serving: Serving, name: str | None) -> str:
+    """The adapter that goes by a model's name; "" for the model itself, or if none is given.
 
     Raises:
-        OpenAIFault: 404.
+        OpenAIFault: 404; nothing that is served is called so.
     """
     info = serving.service.info
-    names = {serving.model_id, serving.model_id.rstrip("/").rpartition("/")[2]}
-    if name is None or name in ANY_MODEL | names or (info is not None and name == info.name):
-        return
+    if name is None or name in model_names(serving.model_id):
+        return ""
+    if name in serving.adapters:
+        return name
+    if info is not None and name == info.name:
+        return ""
+    served = ", ".join(repr(known) for known in (serving.model_id, *serving.adapters))
     raise OpenAIFault(
         404,
-        f"The model {name[:100]!r} does not exist; this server has {serving.model_id!r}",
+        f"The model {name[:100]!r} does not exist; this server has {served}",
         "NotFoundError",
         "model",
         "model_not_found",
@@ -133,6 +134,7 @@ def samples(
     prompt: Prompt,
     params: SamplingParams,
     *,
+    adapter: str = "",
     grammar: Grammar | None = None,
     prompt_logprobs: int | None = None,
 ) -> list[Request]:
@@ -146,6 +148,7 @@ def samples(
             params=_seeded(params, body.seed, place),
             grammar=grammar,
             salt=salt,
+            adapter=adapter,
             include_stop=bool(body.include_stop_str_in_output),
             prompt_logprobs=prompt_logprobs,
         )

@@ -99,6 +99,11 @@ class Serving:
     metrics: "Metrics"
 
     @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names of the adapters that are served beside the model."""
+        return () if self.service.info is None else self.service.info.adapters
+
+    @property
     def is_ready(self) -> bool:
         """Whether a request would be taken now."""
         return self.service.status == "ready"
@@ -108,6 +113,29 @@ def serving_of(http: HttpRequest) -> Serving:
     """The application's `Serving`; for `Depends`."""
     serving: Serving = http.app.state.serving
     return serving
+
+
+ANY_MODEL = frozenset(["", "tgi", "dummy"])
+"""What clients of a server with one model write for its name (huggingface_hub: "dummy")."""
+
+
+def model_names(model_id: str) -> frozenset[str]:
+    """What the model may be called by: its name, also without its owner's."""
+    return ANY_MODEL | {model_id, model_id.rstrip("/").rpartition("/")[2]}
+
+
+def check_adapter_names(model_id: str, adapters: Sequence[str]) -> None:
+    """Refuse adapters that go by a name of the model.
+
+    Raises:
+        ConfigError: one does.
+    """
+    for name in adapters:
+        if name in model_names(model_id):
+            raise ConfigError(
+                f'adapter "{name}" goes by a name of the model, "{model_id}"',
+                remedy="name it otherwise: --adapter NAME=FOLDER",
+            )
 
 
 def lengths(options: ServerOptions, context: int) -> tuple[int, int]:

@@ -77,7 +77,9 @@ class GenerateParameters(_Body):
     grammar: JsonGrammar | RegexGrammar | SchemaGrammar | None = Field(
         None, discriminator="type", description="What the text must conform to."
     )
-    adapter_id: str | None = Field(None, description="Not supported; only null.")
+    adapter_id: str | None = Field(
+        None, description="Answer with this adapter, of those that /info lists."
+    )
 
 
 class GenerateRequest(_Body):
@@ -165,7 +167,7 @@ class ChatTokenizeResponse(BaseModel):
 
 
 class Info(BaseModel):
-    """What is served: the fields of TGI 1.0.3 and of TGI 3, and the RoPE ladder."""
+    """What is served: the fields of TGI 1.0.3 and of TGI 3, the RoPE ladder, and the adapters."""
 
     model_id: str
     model_sha: str | None
@@ -192,3 +194,4 @@ class Info(BaseModel):
     quantization: str
     rope_method: str
     rope_rungs: list[int]
+    adapters: list[str]

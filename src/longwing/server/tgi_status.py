@@ -67,7 +67,7 @@ async def description() -> Response:
 
 
 def describe(serving: Serving) -> dict[str, object]:
-    """The fields of TGI 1.0.3's /info and of TGI 3's, and the RoPE ladder."""
+    """The fields of TGI 1.0.3's /info and of TGI 3's, the RoPE ladder, and the adapters."""
     options, engine = serving.options, serving.service.info
     return {
         "model_id": serving.model_id,
@@ -94,6 +94,8 @@ def describe(serving: Serving) -> dict[str, object]:
         "docker_label": None,
         "architecture": engine.architecture if engine else "",
         "quantization": engine.quantization if engine else "",
+        "tensor_parallel": engine.ranks if engine else 1,
         "rope_method": engine.rope_method if engine else "",
         "rope_rungs": list(engine.rope_rungs) if engine else [],
+        "adapters": list(serving.adapters),
     }

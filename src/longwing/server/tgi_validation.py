@@ -2,7 +2,7 @@
 
 Clients compare these texts, so they are TGI's to the letter, and the first fault in TGI's order is
 the one reported. Two things TGI takes are refused here, because they would change nothing without
-a word: `watermark` and `adapter_id`.
+a word: `watermark`, and an `adapter_id` that is not served.
 
 An answer is sampled if `do_sample` is set or any of temperature, top_k, top_p and typical_p departs
 from its neutral value, as in TGI; then temperature is 1 unless given. For `best_of`, any of them
@@ -90,13 +90,14 @@ async def prepare(
     max_new = DEFAULT_MAX_NEW if asked.max_new_tokens is None else asked.max_new_tokens
     _check_lengths(serving, len(ids), max_new)
     grammar = _grammar(asked, serving.options)
-    _check_supported(asked, serving.options)
+    _check_supported(asked, serving)
     params, sampled = _sampling(asked, max_new)
     request = Request(
         prompt_ids=tuple(ids),
         params=params,
         grammar=grammar,
         salt=salt,
+        adapter=asked.adapter_id or "",
         include_stop=True,
         prompt_logprobs=0 if asked.decoder_input_details else None,
     )
@@ -179,15 +180,20 @@ def _check_lengths(serving: Serving, prompt_len: int, max_new: int) -> None:
         )
 
 
-def _check_supported(asked: GenerateParameters, options: ServerOptions) -> None:
-    if asked.decoder_input_details and not options.enable_prefill_logprobs:
+def _check_supported(asked: GenerateParameters, serving: Serving) -> None:
+    if asked.decoder_input_details and not serving.options.enable_prefill_logprobs:
         raise invalid(
             "`decoder_input_details` == true needs a server with --enable-prefill-logprobs"
         )
     if asked.watermark:
         raise invalid("`watermark` == true is not supported")
-    if asked.adapter_id is not None:
-        raise invalid("`adapter_id` is not supported")
+    if asked.adapter_id is not None and asked.adapter_id not in serving.adapters:
+        if not serving.adapters:
+            raise invalid("`adapter_id` is not supported: this server has no adapters")
+        raise invalid(
+            f"`adapter_id` must be one of {', '.join(serving.adapters)}. "
+            f"Given: {asked.adapter_id[:100]}"
+        )
 
 
 def _sampling(asked: GenerateParameters, max_new: int) -> tuple[SamplingParams, bool]:

@@ -1,0 +1,49 @@
+"""Numbers between host and device, without waiting for what the device is doing.
+
+That takes pinned memory: a copy from or to any other lets the device first finish all it was given.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def placed(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Numbers on a device."""
+    on_host = torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
+    return on_host.to(device, non_blocking=True)
+
+
+def take(x_R: Tensor, rows: Sequence[int]) -> Tensor:
+    """Some rows, which ascend; the tensor itself if they are all."""
+    if len(rows) == len(x_R):
+        return x_R
+    return x_R.index_select(0, placed(rows, torch.int64, x_R.device))
+
+
+class Answer:
+    """Tensors on their way from a device to the host, behind all that the device was given before.
+
+    Args:
+        tensors: of one device, one at least; not to be changed before they have been read.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._on_host = list(tensors)
+        self._arrived: torch.cuda.Event | None = None
+        if tensors[0].is_cuda:
+            self._on_host = [_sent(tensor) for tensor in tensors]
+            self._arrived = torch.cuda.Event()
+            self._arrived.record(torch.cuda.current_stream(tensors[0].device))
+
+    def read(self) -> list[Tensor]:
+        """Them, on the host, once they are there; what the device was given since goes on."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._on_host
+
+
+def _sent(tensor: Tensor) -> Tensor:
+    on_host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return on_host.copy_(tensor, non_blocking=True)
