@@ -31,6 +31,9 @@ from longwing.errors import EngineDeadError, LongwingError, OverloadedError
 
 _log = logging.getLogger(__name__)
 
+_OWN_END_S = 2.0
+"""How long an engine whose socket is closed may take to give its memory back."""
+
 _MAX_RESTARTS = 3
 _RESTART_WINDOW_S = 600.0
 """An engine that dies more often than that in this time stays dead: it would only die again."""
@@ -364,7 +367,7 @@ class _Process:
 
     def kill(self) -> None:
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(timeout=0.5)  # one that is ending by itself may do so
+            self._process.wait(timeout=_OWN_END_S)  # one that is ending by itself may do so
             return
         if hasattr(signal, "SIGUSR1"):
             self._process.send_signal(signal.SIGUSR1)  # where it stands, to its stderr
