@@ -40,7 +40,7 @@ ROWS: Mapping[str, tuple[str, tuple[str, ...]]] = {
 QUANTISED = ("--group-size", "32", "--seqlen", "2048")
 SAMPLES = ("--samples", "96", "--long-samples", "16", "--long-seqlen", "8192")
 TOY_SAMPLES = ("--samples", "4", "--long-samples", "0")
-GRACE_S = 45.0
+GRACE_S = 120.0
 """How much longer than it trains a stage may take, to start, to save and to be examined."""
 
 TOY_GRACE_S = 240.0
@@ -210,10 +210,12 @@ def main() -> None:
     has_base = train(steps, "base", given, given.base_seconds)
     has_long = has_base and train(steps, "long", given, given.long_seconds)
     steps.finish("calibration", beside, 60)
-    for row in ("long",) * has_long + ("falconlite", "base") * has_base:
+    if has_long:  # what matters most first: the rest may be cut off by the end
+        asked |= ask(steps, "long", given)
+        if quantise(steps, given):
+            asked |= ask(steps, "longwing-tiny", given)
+    for row in ("falconlite", "base") * has_base:
         asked |= ask(steps, row, given)
-    if has_long and quantise(steps, given):
-        asked |= ask(steps, "longwing-tiny", given)
     for name, process in asked.items():
         steps.finish(name, process, steps.until)
     pack(steps, given.out)

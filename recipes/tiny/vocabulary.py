@@ -49,9 +49,12 @@ def forbidden_words(longchat: Path) -> set[str]:
     """Words that no label, key, name or topic may have."""
     found = {word for topic in words.TOPICS for word in words_of(topic)}
     found |= words.vocabulary()
+    num_before = len(found)
     for file in sorted(longchat.glob("lines/testcases/*.jsonl")):
         for label in re.findall(r"line (\S+): REGISTER", file.read_text(encoding="utf-8")):
             found |= set(words_of(label))
+    if len(found) == num_before:
+        raise SystemExit(f"{longchat} has no lines/testcases/*.jsonl, whose labels are forbidden")
     names = (longchat / "topics/topics.txt").read_text(encoding="utf-8").splitlines()
     for file in sorted(longchat.glob("topics/testcases/*.jsonl")):
         for line in file.read_text(encoding="utf-8").splitlines():

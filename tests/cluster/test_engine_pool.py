@@ -121,6 +121,14 @@ def test_pool_whose_engines_cannot_start_says_why() -> None:
         EnginePool(lambda: InlineWorker(broken), Clerk(), num_workers=2, per_worker=1)
 
 
+def test_pool_that_can_hire_nobody_says_why() -> None:
+    def hire() -> InlineWorker:
+        raise ConnectionError("the cluster is gone")
+
+    with pytest.raises(EvalError, match="the cluster is gone"):
+        EnginePool(hire, Clerk(), num_workers=2, per_worker=1)
+
+
 def test_what_a_model_refuses_is_refused_by_the_pool_and_costs_no_engine() -> None:
     with pool_of(num=1) as pool:
         with pytest.raises(ContextLengthError):

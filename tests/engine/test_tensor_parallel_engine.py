@@ -332,6 +332,10 @@ def test_a_step_is_overdue_until_its_device_is_through(monkeypatch: pytest.Monke
     assert not clock.overdue()
     now[0] += 2
     assert clock.overdue()
-    clock.begin("a shape", pairs=2048 * 2**20)
-    now[0] += 9
+    clock.begin("a shape", pairs=2e8)  # waits for the one before it, then takes 10 s and its limit
+    clock.end()
+    clock.begin("another of its rows")
+    clock.end()
+    clock.begin("another of its rows")
+    now[0] += 17
     assert not clock.overdue()

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from transformers import FalconConfig, LlamaConfig, PretrainedConfig
 
 from gptq_writer import write_gptq
 from longwing.engine.generator import Generator
-from longwing.models import load_model
+from longwing.models import load_model, streamed_linear
 from longwing.models.llama import LlamaBlock
 from longwing.models.prepare import weight_bytes
 from longwing.models.streaming import StreamedFalconBlock, StreamedLlamaBlock, stream_weights
@@ -60,6 +61,8 @@ def test_streamed_model_gives_the_references_logits(
     settings: dict[str, Any] = {"max_new_tokens": 4, "ignore_eos": True, "logprobs": 3}
     expected = reference.generate(prompt, **settings)
     monkeypatch.setenv("LONGWING_KERNELS", "triton")
+    # Folded in bfloat16 alone, which the interpreter cannot multiply; these numbers are small.
+    monkeypatch.setattr(streamed_linear, "FOLDABLE", {torch.float16})
     fast = read(tmp_path)
     packed_bytes = weight_bytes(fast.model)
     num_packed = sum(linear.packed is not None for _, linear in fast.model.linears())
@@ -87,3 +90,23 @@ def test_block_that_the_kernels_lack_a_form_for_keeps_its_own(
     assert all(type(block) is LlamaBlock for block in model.blocks)
     dense = load_model(tmp_path, device=DEVICE, dtype=torch.float32, unpack=False)
     assert stream_weights(dense) == 0
+
+
+def test_a_step_that_fails_between_two_products_does_not_spoil_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Programs count themselves; those of a sum that was not finished must not be counted later."""
+    write_gptq(CONFIGS["falcon-40b"](), tmp_path, bits=4, group_size=64)
+    monkeypatch.setenv("LONGWING_KERNELS", "triton")
+    model = load_model(tmp_path, device=DEVICE, dtype=torch.float16, unpack=False)
+    stream_weights(model)
+    block = model.blocks[0]
+    assert isinstance(block, StreamedFalconBlock)
+    tokens_T, positions_T = torch.tensor([3, 4, 5]).to(DEVICE), torch.arange(3).to(DEVICE)
+    with torch.inference_mode():
+        expected_TD = model(tokens_T, positions_T)
+        with monkeypatch.context() as patch:
+            patch.setattr(block, "_attend", Mock(side_effect=MemoryError))
+            with pytest.raises(MemoryError):
+                model(tokens_T, positions_T)
+        assert torch.equal(model(tokens_T, positions_T), expected_TD)

@@ -12,7 +12,7 @@ from longwing.checkpoint.adapter import Adapter, AdapterConfig
 from longwing.errors import CheckpointError
 from longwing.kernels import dequantize
 from longwing.layers import Linear
-from longwing.layers.lora import AdapterChoice, LoRALinear, adaptable, attach, wrap
+from longwing.layers.lora import AdapterChoice, Gate, LoRALinear, adaptable, attach, wrap
 from longwing.models import load_model
 from longwing.models.prepare import prepare
 from longwing.parallel import shard_linear
@@ -57,6 +57,13 @@ def test_adapter_adds_scale_times_b_a_x(tiny_folder: Callable[[str], Path]) -> N
     A_RI, B_OR = adapter.layers[LAYER]
     after_TO = model.get_submodule(LAYER)(x_TI)
     torch.testing.assert_close(after_TO, before_TO + 2 * x_TI @ A_RI.T @ B_OR.T)
+
+
+def test_an_overflow_in_one_adapters_ranks_is_nothing_to_the_others_tokens() -> None:
+    gate = Gate([(0, 1, 2.0), (1, 1, 1.0)], torch.empty(0, dtype=torch.float16))
+    gate.choose(torch.tensor([0, 1, -1]))
+    low_TR = torch.tensor([[1.0, torch.inf]] * 3, dtype=torch.float16)
+    assert gate.through(low_TR).tolist() == [[2.0, 0.0], [0.0, 65504.0], [0.0, 0.0]]
 
 
 @pytest.mark.parametrize("base", ["dense", "packed"])

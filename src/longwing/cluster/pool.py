@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, Self
 
 from longwing.cluster.worker import Worker, WorkerLostError
-from longwing.errors import EvalError
+from longwing.errors import EvalError, LongwingError
 from longwing.evals.task import Answer
 
 _MAX_ATTEMPTS = 3
@@ -68,7 +68,9 @@ class EnginePool:
                 self._begin_one()
             self._changed.wait_for(lambda: self._room or not self._num_starting)
             if not self._room:
-                raise self._fault
+                if isinstance(self._fault, LongwingError):
+                    raise self._fault
+                raise EvalError(f"no engine could be started: {self._fault}") from self._fault
 
     def __enter__(self) -> Self:
         return self
@@ -174,8 +176,9 @@ class EnginePool:
 
     def _enlist(self) -> None:
         """Wait until a worker has its model, and let it take part."""
-        worker = self._hire()
+        worker: Worker | None = None
         try:
+            worker = self._hire()
             asked = {what: worker.ask(what) for what in ("name", "settings", "context_len")}
             facts = {what: worker.result(promise) for what, promise in asked.items()}
         except Exception as error:  # whatever it is, nobody waits for this one any more
@@ -183,7 +186,8 @@ class EnginePool:
                 self._num_starting -= 1
                 self._fault = error
                 self._changed.notify_all()
-            worker.dismiss()
+            if worker is not None:
+                worker.dismiss()
             return
         with self._changed:
             self._num_starting -= 1

@@ -135,6 +135,7 @@ class Engine:
         on_gpu = self.model.device.type == "cuda"
         self._overlaps = options.overlap == "on" or (options.overlap == "auto" and on_gpu)
         self._flight: Flight | None = None
+        self._too_full_ahead = False
 
     def close(self) -> None:
         """End what runs beside the engine; requests at work are dropped."""
@@ -261,7 +262,8 @@ class Engine:
 
     def _launch_ahead(self, flight: Flight) -> Flight | None:
         """The step after one whose tokens are not known yet, if that can be."""
-        batch = self.scheduler.schedule_ahead(flight.batch) if self._overlaps else []
+        overlaps = self._overlaps and not self._too_full_ahead
+        batch = self.scheduler.schedule_ahead(flight.batch) if overlaps else []
         if not batch:
             return None
         try:
@@ -269,6 +271,7 @@ class Engine:
                 return flight.launch_next(self.runner, batch, lambda s: self._job_of[s].state)
         except CapacityError as error:
             _log.warning("%s", error)  # it will be taken in its turn, or that will be told
+            self._too_full_ahead = True  # until a request has ended
             return None
 
     def _begin_compiled(self) -> list[_Said]:
@@ -421,6 +424,7 @@ class Engine:
         )
 
     def _end(self, job: _Job) -> None:
+        self._too_full_ahead = False
         self.scheduler.finish(job.sequence)
         del self._jobs[job.id], self._job_of[job.sequence]
 

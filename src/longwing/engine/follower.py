@@ -86,6 +86,7 @@ class Follower:
             self._serves = True
             while (message := self._inbox.get())["op"] != "stop":
                 self._obey(runner, message)
+            runner.graphs = None  # NCCL is not left as long as a graph holds one of its sums
 
     def _obey(self, runner: Runner, message: dict[str, Any]) -> None:
         if message["op"] == "forward":

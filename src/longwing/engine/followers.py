@@ -163,9 +163,14 @@ class Followers:
         self._closed.set()
         with contextlib.suppress(EngineError):
             self._tell({"op": "stop"})
-        if not self._lost.is_set() or self._device.type == "cpu":
-            self._group.close()
         serves = self._watch.is_alive() and not self._lost.is_set()
+        if self._device.type == "cpu":
+            self._group.close()
+        elif serves:
+            # On GPUs all ranks leave together; for one that cannot, nobody waits long.
+            leaving = threading.Thread(target=self._group.close, name="leaving", daemon=True)
+            leaving.start()
+            leaving.join(_END_S)
         for rank in self._ranks:
             rank.end(_END_S if serves else 0.0)
         if self._watch.is_alive():
@@ -343,7 +348,8 @@ class LeadingRunner(Runner):
             return super().logits(hidden_TD, rows)
 
     def close(self) -> None:
-        """End the followers."""
+        """End the followers. NCCL is not left as long as a graph holds one of its sums."""
+        self.graphs = None
         self._followers.close()
 
 

@@ -168,7 +168,8 @@ class DecodeGraphs:
 
         What it writes to the cache its replay will write again.
         """
-        self._stream.wait_stream(torch.cuda.current_stream())
+        current = torch.cuda.current_stream(self._stream.device)
+        self._stream.wait_stream(current)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.stream(self._stream):
             self._forward(shape)
@@ -177,7 +178,7 @@ class DecodeGraphs:
                 graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
             ):
                 hidden_TD = self._forward(shape)
-        torch.cuda.current_stream().wait_stream(self._stream)
+        current.wait_stream(self._stream)
         self._graphs[shape] = (graph, hidden_TD)
 
     @cached_property
@@ -272,7 +273,7 @@ class _Mirrored:
         if self._changed:
             self.on_device.copy_(self._on_host, non_blocking=True)
             if self._copied is not None:
-                self._copied.record()
+                self._copied.record(torch.cuda.current_stream(self.on_device.device))
             self._changed = False
 
 

@@ -141,7 +141,11 @@ def rank_device(options: EngineOptions, rank: int) -> torch.device:
         RequestError: this machine has no such device, or not one for each rank.
     """
     first, size = find_device(options.device), options.tensor_parallel
-    if size == 1 or first.type == "cpu":
+    if first.type == "cpu":
+        return first
+    if size == 1:
+        if first.index is not None:
+            torch.cuda.set_device(first)
         return first
     count, lowest = torch.cuda.device_count(), first.index or 0
     if lowest + size > count:

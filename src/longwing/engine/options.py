@@ -150,7 +150,7 @@ class EngineOptions(SchedulerOptions):
         default="auto",
         metadata={
             "help": "Begin a decoding step on the device before the tokens of the last one are "
-            f"read: {', '.join(OVERLAPS)}; auto: on a GPU. Changes no text."
+            f"read: {', '.join(OVERLAPS)}; auto: on a GPU."
         },
     )
     prefix_cache: bool = field(

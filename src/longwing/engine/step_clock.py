@@ -13,8 +13,12 @@ import torch
 
 from longwing.engine.sequence import Work
 
-_PAIRS_PER_S = 2e8
-"""Pairs of a new token and one before it that a step attends in a second, on the slowest GPU."""
+_PAIRS_PER_S = 2e7
+"""Pairs of a new token and one before it that a step attends in a second, on a slow GPU: a tenth of
+what an H200 does for Falcon-40B."""
+
+_TOKEN_PAIRS = 40_000
+"""What all else costs for a new token, in pairs: Falcon-40B's multiplications."""
 
 _FIRST_S = 300.0
 """Longest time for the first step of its kind: kernels are compiled, graphs recorded."""
@@ -46,8 +50,11 @@ class StepClock:
             pairs: new tokens times tokens they attend to.
         """
         first = 0.0 if kind in self._kinds else _FIRST_S
+        deadline = time.monotonic() + self._limit_s
+        if self._deadline is not None and self._is_busy():  # it waits for those before it
+            deadline = max(deadline, self._deadline)
         self._kind = kind
-        self._deadline = time.monotonic() + self._limit_s + first + pairs / _PAIRS_PER_S
+        self._deadline = deadline + first + pairs / _PAIRS_PER_S
         self._is_launched = False
 
     def end(self) -> None:
@@ -59,11 +66,13 @@ class StepClock:
 
     def overdue(self) -> bool:
         """Whether the device should long be through."""
-        if self._done is None or self._deadline is None:
-            return False
-        if self._is_launched and self._done.query():
+        if self._done is None or self._deadline is None or not self._is_busy():
             return False
         return time.monotonic() > self._deadline
+
+    def _is_busy(self) -> bool:
+        """Whether a step was begun that the device is not through with."""
+        return self._done is not None and not (self._is_launched and self._done.query())
 
 
 def kind_of(batch: Sequence[Work], shape: Hashable | None) -> tuple[Hashable, float]:
@@ -75,7 +84,9 @@ def kind_of(batch: Sequence[Work], shape: Hashable | None) -> tuple[Hashable, fl
     """
     ends = [work.start + len(work.token_ids) for work in batch]
     tokens = sum(len(work.token_ids) for work in batch)
-    pairs = sum(len(work.token_ids) * end for work, end in zip(batch, ends, strict=True))
+    pairs = sum(
+        len(work.token_ids) * (end + _TOKEN_PAIRS) for work, end in zip(batch, ends, strict=True)
+    )
     if shape is None:
         shape = (tokens.bit_length(), len(batch).bit_length(), max(ends).bit_length())
     return shape, pairs

@@ -11,13 +11,15 @@ tile. What cuts a launch up is taken from shapes alone: nothing is tried out or 
 time, so every launch can be captured in a CUDA graph.
 
 What is the same to the last bit: a row alone and in any batch of up to 16 tokens; any run and the
-next. Between up to 16, up to 256 and more tokens, sums differ as float32 sums in another order do.
+next. Between up to 16, up to 256 and more tokens, sums differ as float32 sums in another order do,
+and so do norms that are folded in for up to 16 (`norm_fold.py`).
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Self
 
 import torch
 import triton
@@ -276,6 +278,8 @@ def dequantize(weight: StreamedWeight, start: int = 0, stop: int | None = None) 
 class SumOfProducts:
     """x1 @ weight1 + x2 @ weight2 + … + more, each product launched when its input is there.
 
+    Use as a context, so that a failure between two products does not spoil the sums after it.
+
     Where weights are streamed no launch waits for another's: whichever program is the last to reach
     a tile adds up what all have left, in a fixed order. Launches may be on different branches of a
     CUDA graph.
@@ -314,6 +318,14 @@ class SumOfProducts:
         self._after = _After(bias_N=bias_N, more_TN=more_TN, scaled=self.scaled)
         self._after_first = _After(more_TN=out_TN)
         self._begun = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Forget the programs of a sum that was not finished: the next one counts anew."""
+        if kind is not None and self._streams:
+            self.weights[0].arrivals.zero_()
 
     def add(self, index: int, x_TK: Tensor, *, arranged: bool = False) -> None:
         """The product of a weight, by its place among them, and its input."""

@@ -90,6 +90,13 @@ class Gate:
         own = self._owner_R == (of[:, None] if isinstance(of, Tensor) else of)
         self.open = own * self._scale_R
 
+    def through(self, low_TR: Tensor) -> Tensor:
+        """(T, R) numbers, each token's own ranks times their scale, the others 0."""
+        if low_TR.dtype == torch.float16:  # 0 times an overflow in another's ranks is no 0
+            largest = torch.finfo(torch.float16).max
+            low_TR = low_TR.clamp(-largest, largest)
+        return low_TR * self.open.to(low_TR.dtype)
+
 
 class LoRALinear(nn.Module):
     """base(x) + sum over a token's ranks of scale * B (A x), (T, I) -> (T, O).
@@ -142,8 +149,8 @@ class LoRALinear(nn.Module):
         out_TO = self._of_base(x_TI)
         if not self.shares:
             return out_TO
-        low_TR = F.linear(x_TI, self.A_RI)
-        return out_TO + F.linear(low_TR * self._gate.open.to(low_TR.dtype), self.B_OR)
+        low_TR = self._gate.through(F.linear(x_TI, self.A_RI))
+        return out_TO + F.linear(low_TR, self.B_OR)
 
     def _own(self, shares: tuple[Share, ...]) -> None:
         self.shares = shares
@@ -209,7 +216,7 @@ class LowRankSum(nn.Module):
 
     def add_to(self, outs: Sequence[Tensor], x_TI: Tensor) -> None:
         """Add to the (T, O) of each linear, in place; they are of the adapters' number type."""
-        low_TR = F.linear(x_TI, self.A_RI) * self._gate.open
+        low_TR = self._gate.through(F.linear(x_TI, self.A_RI))
         for B_OR, (place, first, last) in zip(self.ups, self.places, strict=True):
             outs[place].addmm_(low_TR[:, first:last], B_OR.T)
 

@@ -19,6 +19,9 @@ from longwing.kernels.streamed import stream, take_outputs
 from longwing.layers import Linear
 from longwing.layers.lora import LoRALinear, added_by, base_of
 
+FOLDABLE = {torch.bfloat16}
+"""Number types that hold a hidden state times a norm's weight; in float16 that may be too large."""
+
 
 class StreamedLinear(nn.Module):
     """A packed linear, or several of one input side by side; with or without adapters.
@@ -53,7 +56,12 @@ class StreamedLinear(nn.Module):
         bias_O = _bias(biases, self.weight)
         self.bias = None if bias_O is None else nn.Parameter(bias_O, requires_grad=False)
         # Inputs in another order would be a copy in the norm's place; adapters want it done.
-        self.folds = norm is not None and self.weight.order_K is None and self.added is None
+        self.folds = (
+            norm is not None
+            and self.weight.order_K is None
+            and self.added is None
+            and dtype in FOLDABLE
+        )
         if norm is not None and self.folds:
             self.eps = norm.eps
             self.level_O, self.folded_bias_O = through(parts[0], norm.weight, norm.bias)

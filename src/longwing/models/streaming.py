@@ -182,12 +182,13 @@ class StreamedFalconBlock(nn.Module):
             )
             total.add(1, up_TF, arranged=activated)
 
-        side = Branch(hidden_TD.device)
-        side.run(mlp)
-        qkv_TO = self.qkv(for_attention_TD, norm=folded[0], beside=True, arranged=normed)
-        attended_TD = self._attend(qkv_TO, rotation, inputs)
-        total.add(0, attended_TD)
-        side.join()
+        with total:
+            side = Branch(hidden_TD.device)
+            side.run(mlp)
+            qkv_TO = self.qkv(for_attention_TD, norm=folded[0], beside=True, arranged=normed)
+            attended_TD = self._attend(qkv_TO, rotation, inputs)
+            total.add(0, attended_TD)
+            side.join()
         if self.outgoing is not None:
             self.outgoing.scaled = total.scaled
         self.attention_out.finished(sum_TD, attended_TD)
