@@ -23,7 +23,8 @@ from longwing.engine.adapters import AdapterTable
 from longwing.engine.cache import CacheKey
 from longwing.engine.request import SamplingParams
 from longwing.engine.runner import Runner
-from longwing.engine.sampler import SamplingState, sample
+from longwing.engine.sampler import sample
+from longwing.engine.sampling_state import SamplingState
 from longwing.engine.sequence import Sequence, Work
 from longwing.layers.lora import adaptable, attach, choice_of
 from longwing.models import Decoder

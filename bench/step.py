@@ -38,7 +38,8 @@ from longwing.engine.events import Step, to_wire
 from longwing.engine.options import EngineOptions
 from longwing.engine.request import Request, SamplingParams
 from longwing.engine.runner import Runner
-from longwing.engine.sampler import SamplingState, sample
+from longwing.engine.sampler import sample
+from longwing.engine.sampling_state import SamplingState
 from longwing.engine.sequence import Sequence, Work
 from longwing.engine.wire import to_frame
 from longwing.kernels import KVPages, PackedWeight

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from longwing.checkpoint import TensorFile, tensor_file, write_tensor_file
-from longwing.checkpoint.tensor_file import DTYPES
+from longwing.checkpoint.tensor_header import DTYPES
 from longwing.errors import CheckpointError
 
 # F8_E8M0 is written by ours alone: the library's torch face does not know it yet.

@@ -21,7 +21,8 @@ from torch import Tensor
 from longwing.engine.engine import Engine
 from longwing.engine.events import Event, Failed, Finished, Step
 from longwing.engine.request import Request
-from longwing.engine.sampler import Choosing, SamplingState
+from longwing.engine.sampler import Choosing
+from longwing.engine.sampling_state import SamplingState
 from longwing.engine.sequence import Work
 
 Folder = Callable[[str], Path]
@@ -258,7 +259,7 @@ def test_tokens_that_took_a_second_look_are_not_gone_on_from(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where little is certain a short ranking is not enough, and the first choice not the last."""
-    monkeypatch.setattr("longwing.engine.sampler._NUM_RANKED", 2)
+    monkeypatch.setattr("longwing.engine.sampling_state._NUM_RANKED", 2)
     asked = [request([61, place], temperature=1.0, top_p=0.95, seed=place) for place in range(3)]
     begin(engine, "off")
     plain = run(engine, asked)
@@ -378,7 +379,7 @@ def test_real_model_says_the_same_with_and_without_overlap(tiny_folder: Folder) 
 
 
 def test_long_ranking_is_looked_for_once_and_then_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("longwing.engine.sampler._NUM_RANKED", 2)
+    monkeypatch.setattr("longwing.engine.sampling_state._NUM_RANKED", 2)
     params = request([1], temperature=1.0, top_p=0.95, seed=3).params
     logits_SV = torch.randn(1, 200, generator=torch.Generator().manual_seed(6))
     state = SamplingState(params)

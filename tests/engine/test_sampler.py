@@ -15,9 +15,11 @@ from transformers.generation.logits_process import (
     TypicalLogitsWarper,
 )
 
-from longwing.engine import sampler
+from longwing.engine import sampler, sampling_state
+from longwing.engine.distribution import _border, draw
 from longwing.engine.request import SamplingParams
-from longwing.engine.sampler import SamplingState, draw, probabilities, sample, uniform
+from longwing.engine.sampler import probabilities, sample, uniform
+from longwing.engine.sampling_state import SamplingState
 from longwing.errors import LogitsError, RequestError
 
 VOCAB_LEN = 1003  # odd, so that rows of a batch are not aligned alike
@@ -182,7 +184,7 @@ def test_renaming_tokens_renames_the_distribution_and_nothing_else(settings):
 def test_a_share_that_is_exactly_held_asks_for_no_further_token():
     scores, weights = torch.tensor([[1.0, 3.0, 2.0]] * 3), torch.tensor([[1, 2, 1]] * 3)
     shares = torch.tensor([[0.5], [0.500001], [0.75]], dtype=torch.float64)
-    assert sampler._border(scores, weights, shares).tolist() == [[3.0], [2.0], [2.0]]
+    assert _border(scores, weights, shares).tolist() == [[3.0], [2.0], [2.0]]
 
 
 @pytest.mark.parametrize(
@@ -306,11 +308,11 @@ def test_a_row_alone_and_in_any_batch_gives_the_same_bits(seed, dtype):
 def test_how_many_rows_and_candidates_are_taken_at_once_moves_no_result(monkeypatch):
     rng = random.Random(10)
     logits = random_logits(40, seed=10)
-    states = [state_with(**random_settings(rng)) for _ in logits]
-    expected = rows_of(sample(logits, states))
+    settings = [random_settings(rng) for _ in logits]
+    expected = rows_of(sample(logits, [state_with(**own) for own in settings]))
     monkeypatch.setattr(sampler, "_ROWS_AT_ONCE", 3)
-    monkeypatch.setattr(sampler, "_NUM_RANKED", 2)
-    assert rows_of(sample(logits, states)) == expected
+    monkeypatch.setattr(sampling_state, "_NUM_RANKED", 2)  # a state takes it when it is made
+    assert rows_of(sample(logits, [state_with(**own) for own in settings])) == expected
 
 
 def test_sampling_changes_nothing_until_a_token_is_accepted():

@@ -18,7 +18,8 @@ from longwing.checkpoint.paths import read_settings
 from longwing.checkpoint.publish import is_partial, new_file, new_folder
 from longwing.checkpoint.quant_config import QuantConfig
 from longwing.checkpoint.strict_json import parse_object
-from longwing.checkpoint.tensor_file import TensorFile, TensorInfo, write_tensor_file
+from longwing.checkpoint.tensor_file import TensorFile, write_tensor_file
+from longwing.checkpoint.tensor_header import TensorInfo
 
 __all__ = [
     "MANIFEST",

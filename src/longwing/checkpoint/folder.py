@@ -25,7 +25,8 @@ from longwing.checkpoint.paths import inside, read_bytes, read_settings
 from longwing.checkpoint.publish import is_partial, new_file
 from longwing.checkpoint.quant_config import SCALAR_TENSORS, QuantConfig
 from longwing.checkpoint.strict_json import parse_object, show
-from longwing.checkpoint.tensor_file import TensorFile, TensorInfo, write_tensor_file
+from longwing.checkpoint.tensor_file import TensorFile, write_tensor_file
+from longwing.checkpoint.tensor_header import TensorInfo
 from longwing.errors import CheckpointError, ConfigError
 
 MAX_INDEX_BYTES = 64 * 2**20

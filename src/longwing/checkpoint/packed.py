@@ -26,7 +26,7 @@ from torch import Tensor
 from longwing.checkpoint.folder import Checkpoint
 from longwing.checkpoint.parts import cut_packed
 from longwing.checkpoint.quant_config import FORMATS, QuantConfig
-from longwing.checkpoint.tensor_file import TensorInfo
+from longwing.checkpoint.tensor_header import TensorInfo
 from longwing.errors import CheckpointError
 from longwing.kernels.wna16 import BITS, PackedWeight, pack, unpack
 

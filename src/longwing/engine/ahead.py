@@ -23,7 +23,8 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from longwing.engine.runner import Runner
-from longwing.engine.sampler import Choice, Choosing, SamplingState
+from longwing.engine.sampler import Choice, Choosing
+from longwing.engine.sampling_state import SamplingState
 from longwing.engine.sequence import Sequence as Scheduled
 from longwing.engine.sequence import Work
 from longwing.engine.transfers import take

@@ -32,7 +32,8 @@ from longwing.engine.grammar import GrammarCompiler, GrammarState
 from longwing.engine.options import EngineOptions
 from longwing.engine.request import FinishReason, Request
 from longwing.engine.runner import Runner, runner_settings
-from longwing.engine.sampler import Choice, SamplingState, prompt_logprobs
+from longwing.engine.sampler import Choice, prompt_logprobs
+from longwing.engine.sampling_state import SamplingState
 from longwing.engine.scheduler import Scheduler
 from longwing.engine.sequence import Sequence as Scheduled
 from longwing.engine.sequence import Work

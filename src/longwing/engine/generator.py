@@ -21,7 +21,8 @@ from longwing.checkpoint.adapter import Adapter
 from longwing.engine.adapters import tuned_rope
 from longwing.engine.folder import ModelFolder
 from longwing.engine.request import FinishReason, SamplingParams
-from longwing.engine.sampler import SamplingState, sample
+from longwing.engine.sampler import sample
+from longwing.engine.sampling_state import SamplingState
 from longwing.engine.transcript import Transcript
 from longwing.errors import ContextLengthError, RequestError, SamplingError
 from longwing.kernels import AttentionInputs, KVPages

@@ -1,10 +1,10 @@
 """Answers that conform to a grammar: which tokens may come next. llguidance does the parsing.
 
 `GrammarCompiler` belongs to a model and makes, of a grammar, a `GrammarState`, which belongs to one
-answer: before each token it says which are allowed (`sampler.py` rules out the others), after each
-it is told which came. JSON schemas, regular expressions and Lark grammars all become the same kind
-of parser over bytes, which is walked along the tree of the vocabulary's tokens: a token may begin
-and end anywhere in the grammar.
+answer: before each token it says which are allowed (`penalties.py` rules out the others), after
+each it is told which came. JSON schemas, regular expressions and Lark grammars all become the same
+kind of parser over bytes, which is walked along the tree of the vocabulary's tokens: a token may
+begin and end anywhere in the grammar.
 
 Grammars come from strangers: `grammar_source.py` bounds what is looked at, `rehearsal.py` compiles
 it first where it can do no harm. Masks have limits of their own (tens of milliseconds), held by

@@ -2,7 +2,7 @@
 
 `schedule` says what to run, the engine runs it, `commit` says what came of it, and `finish` ends a
 sequence at any time. A step decodes first: a token for every sequence whose prompt has been read,
-with drafts where few run. What is left of its budget reads prompts, in chunks.
+with drafts where few run (`drafting.py`). What is left of its budget reads prompts, in chunks.
 
 The one idea: age decides. Sequences are numbered as they come; whoever waits is let in by age, and
 when pages run out it is the newest at work that gives up its own and begins again later
@@ -11,16 +11,17 @@ on, everything before a sequence ends some day, and nobody starves.
 
 Two things are out of order, each with a bound. While an old sequence waits for pages, smaller ones
 may pass, but only a few. And a sequence waits while another is reading the beginning that both
-share, to find it in the cache instead of reading it too.
+share, to find it in the cache instead of reading it too (`shared_reading.py`).
 """
 
 from bisect import insort
 from collections.abc import Iterable
 
 from longwing.engine.cache import PageCache
-from longwing.engine.lookup import PromptLookup
+from longwing.engine.drafting import Drafting
 from longwing.engine.options import DEFAULTS, SchedulerOptions
 from longwing.engine.sequence import Sequence, State, Work
+from longwing.engine.shared_reading import is_read_for
 from longwing.engine.status import EngineStats
 from longwing.errors import CapacityError, EngineError, OverloadedError, RequestError
 
@@ -30,9 +31,6 @@ _MAX_OVERTAKEN = 8
 _ANSWER_ROOM = 512
 """Tokens of an answer for which cached pages are evicted at the start, so that they lie in a row;
 a longer answer takes what there is when it gets there."""
-
-_INDEX_STEP = 1024
-"""Tokens a sequence's lookup index may grow in a step: about a millisecond."""
 
 
 class Scheduler:
@@ -51,8 +49,7 @@ class Scheduler:
         self.options = options
         # A step must have a token for each at work, or the last of them would never get on.
         self._budget = _set(options, "max_batch_tokens")
-        self._max_draft = _set(options, "max_draft")
-        self._draft_sequences = _set(options, "draft_sequences")
+        self._drafting = Drafting(_set(options, "max_draft"), _set(options, "draft_sequences"))
         self._max_running = min(options.max_sequences, self._budget)
         self._running: list[Sequence] = []  # both oldest first
         self._waiting: list[Sequence] = []
@@ -61,8 +58,6 @@ class Scheduler:
         self._num_prompt_tokens = 0
         self._num_cached_tokens = 0
         self._num_generated_tokens = 0
-        self._num_drafted = 0
-        self._num_accepted = 0
         self._num_preempted = 0
         self._num_steps = 0
 
@@ -87,8 +82,8 @@ class Scheduler:
             num_prompt_tokens=self._num_prompt_tokens,
             num_cached_tokens=self._num_cached_tokens,
             num_generated_tokens=self._num_generated_tokens,
-            num_drafted=self._num_drafted,
-            num_accepted=self._num_accepted,
+            num_drafted=self._drafting.num_drafted,
+            num_accepted=self._drafting.num_accepted,
             num_preempted=self._num_preempted,
             num_steps=self._num_steps,
         )
@@ -161,7 +156,7 @@ class Scheduler:
             Works in the order of `batch`, each with one token, 0 in place of what it will be.
         """
         under_way = [work for work in batch if work.sequence._state is State.RUNNING]
-        if len(under_way) < len(self._running) or not all(map(_decodes, under_way)):
+        if len(under_way) < len(self._running) or not all(work.is_plain for work in under_way):
             return []
         going_on = [
             work.sequence
@@ -192,16 +187,13 @@ class Scheduler:
         if sequence._state is State.FINISHED:
             return
         accepted = list(accepted)
-        self._check_commit(work, accepted)
+        work.check(accepted)
         num_known = len(work.token_ids) - work.num_drafts
         num_right = max(len(accepted) - 1, 0)
         sequence.tokens += accepted
         sequence.num_computed = work.start + num_known + num_right
         self._num_generated_tokens += len(accepted)
-        if work.num_drafts and sequence._lookup is not None:
-            sequence._lookup.judge(work.num_drafts, num_right)
-            self._num_drafted += work.num_drafts
-            self._num_accepted += num_right
+        self._drafting.judge(work, num_right)
         num_full = sequence.num_computed // self.cache.page_len
         if num_full > sequence._num_published:
             if sequence.can_share:
@@ -277,11 +269,12 @@ class Scheduler:
 
     def _let_in(self) -> None:
         """Start those who wait, oldest first, as far as there is room."""
+        page_len, num_steps = self.cache.page_len, self._num_steps
         short_of_pages: Sequence | None = None
         for sequence in self.waiting:
             if len(self._running) >= self._max_running:
                 return
-            if self._is_being_read_for(sequence):
+            if self.cache.sharing and is_read_for(sequence, self._running, page_len, num_steps):
                 continue
             if short_of_pages is None:
                 if not self._start(sequence):
@@ -330,51 +323,12 @@ class Scheduler:
             self._num_prompt_tokens += sequence.prompt_len
             self._num_cached_tokens += sequence.cached_len
 
-    # Prefixes in the making.
-
-    def _is_being_read_for(self, sequence: Sequence) -> bool:
-        """Whether another at work is just reading what this one begins with, too.
-
-        It holds only while that other one is getting on, or would be served before this one
-        anyway: its page after page ends the wait, and so does its end of whatever kind.
-        """
-        if not (self.cache.sharing and sequence.can_share):
-            return False
-        if sequence._reader is not None and self._reads_for(sequence._reader, sequence):
-            return True
-        if any(self._reads_for(reader, sequence) for reader in self._running):
-            return True
-        sequence._reader = None
-        return False
-
-    def _reads_for(self, reader: Sequence, sequence: Sequence) -> bool:
-        """Whether the next page that `reader` fills is one that `sequence` could use."""
-        page_len = self.cache.page_len
-        stop = (reader.num_computed // page_len + 1) * page_len
-        if (
-            reader._state is not State.RUNNING
-            or reader.num_left == 1
-            or not reader.can_share
-            or reader.key != sequence.key
-            or stop >= len(sequence.tokens)
-            or stop > len(reader.tokens)
-            or (reader._read_in < self._num_steps - 1 and reader.num_left > len(sequence.tokens))
-        ):
-            return False
-        # The newest page first: most texts differ there, and a whole prefix takes long to compare.
-        known = sequence._common_len if reader is sequence._reader else 0
-        for part in (slice(stop - page_len, stop), slice(known, stop - page_len)):
-            if reader.tokens[part] != sequence.tokens[part]:
-                return False
-        sequence._reader, sequence._common_len = reader, stop
-        return True
-
     # The step.
 
     def _decode(self, decoding: list[Sequence]) -> list[Work]:
         """A token for each, and drafts if few are at work, from at most half of what is left."""
-        is_drafting = 0 < len(self._running) <= self._draft_sequences
-        num_drafts = (self._budget - len(decoding)) // 2 if is_drafting else 0
+        pays = self._drafting.pays(len(self._running))
+        num_drafts = (self._budget - len(decoding)) // 2 if pays else 0
         works = []
         for sequence in decoding:
             drafts = self._draft(sequence, num_drafts) if num_drafts else []
@@ -385,13 +339,8 @@ class Scheduler:
 
     def _draft(self, sequence: Sequence, limit: int) -> list[int]:
         """What may follow, as far as pages can be had and the sequence may grow."""
+        drafts = self._drafting.draft(sequence, limit)
         num_tokens = len(sequence.tokens)
-        # The last token of a text is never drafted: one more than the drafts is accepted.
-        limit = min(limit, self._max_draft, sequence.max_len - num_tokens - 1)
-        lookup = self._index(sequence) if limit > 0 else None
-        if lookup is None or len(lookup) < num_tokens:
-            return []
-        drafts = lookup.draft(limit)
         if not self._grow(sequence, num_tokens + len(drafts)):
             del drafts[len(sequence.pages) * self.cache.page_len - num_tokens :]
         return drafts
@@ -400,22 +349,7 @@ class Scheduler:
         """Whether the step after its next token brings one token, whatever that token will be."""
         if not sequence.can_draft:
             return False  # its next tokens hang on the one before
-        if len(self._running) > self._draft_sequences:
-            return True
-        lookup = self._index(sequence)
-        if lookup is None or len(lookup) < len(sequence.tokens):
-            return True
-        return not lookup.may_draft_next()
-
-    def _index(self, sequence: Sequence) -> PromptLookup | None:
-        """The sequence's lookup, some way further; None if it does not want one."""
-        if not self._max_draft or not sequence.can_draft:
-            return None
-        if sequence._lookup is None:
-            sequence._lookup = PromptLookup(max_draft=self._max_draft)
-        done = len(sequence._lookup)
-        sequence._lookup.extend(sequence.tokens[done : done + _INDEX_STEP])
-        return sequence._lookup
+        return not (self._drafting.pays(len(self._running)) and self._drafting.may_come(sequence))
 
     def _read(self, reading: list[Sequence], num_used: int) -> list[Work]:
         """Chunks of prompts: half of the budget for the oldest, half for those with least left.
@@ -437,35 +371,17 @@ class Scheduler:
                 start, stop = sequence.num_computed, sequence.num_computed + chunk_len
                 is_last = stop == len(sequence.tokens)
                 works.append(Work(sequence, start, sequence.tokens[start:stop], 0, is_last))
-                if len(self._running) <= self._draft_sequences:
-                    self._index(sequence)  # now, so that the first drafts need not wait for it
+                if self._drafting.pays(len(self._running)):
+                    self._drafting.index(
+                        sequence
+                    )  # now, so that the first drafts need not wait for it
         return works
-
-    def _check_commit(self, work: Work, accepted: list[int]) -> None:
-        sequence = work.sequence
-        if sequence._state is not State.RUNNING or sequence.num_computed != work.start:
-            raise EngineError(f"{sequence!r} has no work at {work.start} to commit")
-        least, most = (1, 1 + work.num_drafts) if work.wants_token else (0, 0)
-        if not least <= len(accepted) <= most:
-            raise EngineError(
-                f"sequence {sequence.id} gained {len(accepted)} tokens from a step that gives "
-                f"from {least} to {most}"
-            )
-        drafts = work.token_ids[len(work.token_ids) - work.num_drafts :]
-        if accepted[:-1] != drafts[: max(len(accepted) - 1, 0)]:
-            raise EngineError(f"sequence {sequence.id} accepted tokens that were not drafted")
 
 
 def _set(options: SchedulerOptions, name: str) -> int:
     """A limit; where it is unset, a CPU's."""
     value: int | None = getattr(options, name)
     return DEFAULTS["cpu"][name] if value is None else value
-
-
-def _decodes(work: Work) -> bool:
-    """Whether it is plain decoding, of a text whose prompt has been read."""
-    is_read = work.start >= work.sequence.prompt_len
-    return is_read and work.wants_token and len(work.token_ids) == 1
 
 
 def _age(sequence: Sequence) -> int:

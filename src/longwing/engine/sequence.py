@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from longwing.engine.cache import CacheKey
 from longwing.engine.lookup import PromptLookup
+from longwing.errors import EngineError
 
 
 class State(enum.Enum):
@@ -19,6 +20,8 @@ class State(enum.Enum):
 
 class Sequence:
     """A text as it is read and written. Only the scheduler changes it; equal only to itself.
+
+    `drafting.py` and `shared_reading.py` are the scheduler's, and keep here what they know of it.
 
     Args:
         id: for messages.
@@ -97,3 +100,31 @@ class Work:
     token_ids: list[int]
     num_drafts: int
     wants_token: bool
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is plain decoding, of a text whose prompt has been read."""
+        is_read = self.start >= self.sequence.prompt_len
+        return is_read and self.wants_token and len(self.token_ids) == 1
+
+    def check(self, accepted: list[int]) -> None:
+        """Refuse tokens that cannot have come of it.
+
+        Args:
+            accepted: the tokens that became text.
+
+        Raises:
+            EngineError: they cannot, or it is not the sequence's latest work.
+        """
+        sequence = self.sequence
+        if sequence._state is not State.RUNNING or sequence.num_computed != self.start:
+            raise EngineError(f"{sequence!r} has no work at {self.start} to commit")
+        least, most = (1, 1 + self.num_drafts) if self.wants_token else (0, 0)
+        if not least <= len(accepted) <= most:
+            raise EngineError(
+                f"sequence {sequence.id} gained {len(accepted)} tokens from a step that gives "
+                f"from {least} to {most}"
+            )
+        drafts = self.token_ids[len(self.token_ids) - self.num_drafts :]
+        if accepted[:-1] != drafts[: max(len(accepted) - 1, 0)]:
+            raise EngineError(f"sequence {sequence.id} accepted tokens that were not drafted")

@@ -1,6 +1,8 @@
 """Numbers between host and device, without waiting for what the device is doing.
 
 That takes pinned memory: a copy from or to any other lets the device first finish all it was given.
+
+Shape key: R rows; R1 is a column, a number of each row.
 """
 
 from collections.abc import Sequence
@@ -15,11 +17,25 @@ def placed(values: Sequence[float], dtype: torch.dtype, device: torch.device) ->
     return on_host.to(device, non_blocking=True)
 
 
+def column(
+    values: Sequence[float], device: torch.device, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Numbers on a device, one a row: (R, 1)."""
+    return placed(values, dtype, device)[:, None]
+
+
 def take(x_R: Tensor, rows: Sequence[int]) -> Tensor:
     """Some rows, which ascend; the tensor itself if they are all."""
     if len(rows) == len(x_R):
         return x_R
     return x_R.index_select(0, placed(rows, torch.int64, x_R.device))
+
+
+def put(x_R: Tensor, rows: Sequence[int], new_R: Tensor) -> Tensor:
+    """The tensor with some rows replaced; the new one itself if they are all."""
+    if len(rows) == len(x_R):
+        return new_R
+    return x_R.index_copy(0, placed(rows, torch.int64, x_R.device), new_R)
 
 
 class Answer:
