@@ -82,6 +82,7 @@ def main() -> None:
             found.append({"error": f"{type(error).__name__}: {error}"})
     Path(f"{sys.argv[2]}-{group.rank}").write_text(json.dumps(found))
     group.leave()
+    os._exit(0)  # as the command line does under torchrun
 
 
 def _commanded(words: Sequence[str]) -> dict[str, Any]:

@@ -6,9 +6,10 @@ stdout has left (`| head`) is there nothing to say. 2: the command line was wron
 
 import io
 import logging
+import os
 import sys
 from importlib.metadata import version
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -100,4 +101,19 @@ def main() -> None:
         app()
     except LongwingError as error:
         print_error(error)
-        sys.exit(1)
+        _end(1)
+    except SystemExit as end:
+        _end(end.code)
+
+
+def _end(code: str | int | None) -> NoReturn:
+    """Exit; one of torchrun's processes at once, with what it has said.
+
+    Threads of a process group that was left can abort Python's own way out (seen with gloo, but
+    rarely), and torchrun would take that for a failure and end the others.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ and not isinstance(code, str):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code or 0)
+    sys.exit(code)
