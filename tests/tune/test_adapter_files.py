@@ -178,6 +178,8 @@ def test_folder_that_is_no_adapter_is_refused(
         Adapter.open(tmp_path / "nowhere")
     with pytest.raises(CheckpointError, match="names 'dense', of which"):
         Adapter.open(_write(tmp_path / "a", target_modules=["query_key_value", "dense"]))
+    with pytest.raises(CheckpointError, match="nowhere: is not a folder"):
+        Adapter.size("nowhere")
 
 
 def test_settings_beside_an_adapter_replace_rope_alone(tmp_path: Path) -> None:

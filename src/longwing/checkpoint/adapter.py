@@ -191,11 +191,7 @@ class Adapter:
                 layer, or sides that do not fit each other or the settings.
             ConfigError: settings that are not plain LoRA's.
         """
-        folder = Path(path).absolute()
-        if not folder.is_dir():
-            raise CheckpointError(
-                "is not a folder", file=str(path), remedy=f"an adapter is one with {ADAPTER_CONFIG}"
-            )
+        folder = _folder(path)
         config = AdapterConfig.from_json(read_settings(folder, ADAPTER_CONFIG))
         file = TensorFile.open(inside(folder, ADAPTER_TENSORS))
         sides: dict[str, dict[str, Tensor]] = {}
@@ -216,7 +212,7 @@ class Adapter:
         Raises:
             CheckpointError: there is no such file, or it is damaged.
         """
-        file = TensorFile.open(inside(Path(path).absolute(), ADAPTER_TENSORS))
+        file = TensorFile.open(inside(_folder(path), ADAPTER_TENSORS))
         return sum(math.prod(info.shape) for info in file.tensors.values())
 
 
@@ -275,6 +271,15 @@ def _targets(value: object) -> tuple[str, ...]:
     if not isinstance(value, list) or not all(isinstance(item, str) and item for item in value):
         raise _refusal("target_modules", value, "a list of layer names is needed")
     return tuple(sorted(value))
+
+
+def _folder(path: Path | str) -> Path:
+    folder = Path(path).absolute()
+    if not folder.is_dir():
+        raise CheckpointError(
+            "is not a folder", file=str(path), remedy=f"an adapter is one with {ADAPTER_CONFIG}"
+        )
+    return folder
 
 
 def _side(name: str) -> tuple[str, str]:
