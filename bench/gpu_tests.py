@@ -2,11 +2,12 @@
 
     python bench/gpu_tests.py --model SMALL-MODEL [--jobs 6]
 
-All tests marked `gpu`, in so many processes at once, and those of the kernels, which elsewhere run
-in Triton's interpreter. Then MODEL (small, real, its text worth comparing) answers prompts in the
-batching engine on the GPU, in each number type, and on the plain path of the CPU in float32. The
-texts must be equal; where they part, it must be at a near tie: the CPU's own logits there may
-differ by no more than the type's rounding can turn over (TIE). Exit status 1 if anything fails.
+All tests marked `gpu`, in so many processes at once, and those that take a GPU where there is one:
+the kernels', which elsewhere run in Triton's interpreter, and the fused blocks'. Then MODEL (small,
+real, its text worth comparing) answers prompts in the batching engine on the GPU, in each number
+type, and on the plain path of the CPU in float32. The texts must be equal; where they part, it must
+be at a near tie: the CPU's own logits there may differ by no more than the type's rounding can turn
+over (TIE). Exit status 1 if anything fails.
 """
 
 import argparse
@@ -32,6 +33,9 @@ TIE = {"float32": 1e-3, "float16": 0.1, "bfloat16": 0.5}
 CUTS = (40, 400, 1500, 4000)
 """Characters of the document that the prompts hold."""
 
+AUTO = '"cuda" if torch.cuda.is_available()'
+"""What a test file says that runs on a GPU where there is one, on the CPU elsewhere."""
+
 NUM_NEW = 48
 
 
@@ -42,7 +46,9 @@ def suite(jobs: int) -> bool:
     # By name, for the rest of the suite may import what a machine with a GPU has not installed.
     files = sorted(Path("tests").rglob("test_*.py"))
     marked = [str(file) for file in files if "mark.gpu" in file.read_text()]
-    others = [str(file) for file in files if file.parent.name == "kernels"]
+    others = [
+        str(file) for file in files if file.parent.name == "kernels" or AUTO in file.read_text()
+    ]
     began = time.perf_counter()
     codes = [
         subprocess.run([*command, "-m", "gpu", *marked], check=False).returncode,

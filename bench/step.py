@@ -10,7 +10,8 @@ question a step that the host asks. What is not in it: the scheduler, detokenisi
     python bench/step.py --models falcon-40b --kinds overlap
 
 has them too: the engine's own steps, each one's events written as the server gets them, with the
-host's work on a step done beside the next one and after it, by turns in one run of one batch.
+host's work on a step done beside the next one and after it, by turns in one run of one batch. Its
+texts end at the context that is named, so what is measured lies some hundred tokens below.
 
 Floors are those of bytes and operations at 4.3 TB/s and 790 TFLOP/s, attention's operations at 55%
 of them in a prefill, as head dimension 64 allows.
@@ -53,6 +54,16 @@ from longwing.tokenizer import Tokenizer
 BYTES_PER_MS = 4.3e9
 FLOPS_PER_MS = 790e9
 PAGE_LEN = 128
+KINDS = ("decode", "overlap", "prefill")
+
+BUDGET = 2048
+"""Tokens of a step of the engine at most."""
+
+TURNS = 5
+"""Windows with overlap, and as many without."""
+
+SETTLING = 2
+"""Steps before each window: the first belongs to the window before, in part."""
 
 COMMON: dict[str, Any] = {
     "architectures": ["FalconForCausalLM"],
@@ -207,22 +218,21 @@ def decode(bench: Bench, batch: int, context: int) -> None:
 
 def overlap(bench: Bench, batch: int, context: int, what: str, settings: dict[str, Any]) -> None:
     """The engine's steps with overlap and without, in windows by turns; and what the host takes."""
-    runner, turns = bench.runner, 5
+    runner, new_len = bench.runner, answer_len(batch, context, bench.steps)
     runner.record_graphs()
     options = EngineOptions(
         num_pages=runner.num_pages,
         page_len=PAGE_LEN,
-        max_batch_tokens=2048,
+        max_batch_tokens=BUDGET,
         max_sequences=batch,
         max_draft=0,
         draft_sequences=0,
     )
     tokenizer = Tokenizer.from_folder(tiny.FOLDER)  # Falcon's
     engine = Engine(bench.model, tokenizer, options, runner=lambda *_, **__: runner)
-    room = 2 * turns * (bench.steps + 2) + batch * (context // 1024 + 2)
     for place in range(batch):
-        params = SamplingParams(max_new_tokens=room + 64, ignore_eos=True, seed=place, **settings)
-        prompt = tuple(torch.randint(100, 60_000, (context - room // 2,)).tolist())
+        params = SamplingParams(max_new_tokens=new_len, ignore_eos=True, seed=place, **settings)
+        prompt = tuple(torch.randint(100, 60_000, (context - new_len,)).tolist())
         engine.add(str(place), Request(prompt_ids=prompt, params=params))
     times: dict[bool, list[float]] = {False: [], True: []}
     with open("/dev/null", "wb") as sink:
@@ -230,9 +240,9 @@ def overlap(bench: Bench, batch: int, context: int, what: str, settings: dict[st
             sequence.num_left == 1 for sequence in engine.scheduler.running
         ):
             tell(engine, sink)
-        for turn in range(2 * turns):
+        for turn in range(2 * TURNS):
             engine._overlaps = bool(turn % 2)
-            for _ in range(2):  # the first of a window belongs to the one before, in part
+            for _ in range(SETTLING):
                 tell(engine, sink)
             began = time.perf_counter()
             for _ in range(bench.steps):
@@ -248,6 +258,27 @@ def overlap(bench: Bench, batch: int, context: int, what: str, settings: dict[st
     )
     name = f"overlap {batch} x {context} {what}"
     bench.record({"model": bench.name, "what": name, "ms": on, "without_ms": off, "times": times})
+
+
+def answer_len(batch: int, context: int, steps: int) -> int:
+    """Tokens that each text of `overlap` may have beside its prompt, to end at the context.
+
+    A text whose prompt has been read gets a token in every step that reads of the others', and a
+    step reads all that its budget leaves. Then come the windows; and nobody may be at his end while
+    they last, as a step ahead goes without who is.
+
+    Raises:
+        SystemExit: they leave no room for a prompt.
+    """
+    reading = -(-batch * context // (BUDGET - batch))
+    num = reading + 2 * TURNS * (steps + SETTLING) + 2
+    if num >= context:
+        most = (context - reading - 3) // (2 * TURNS) - SETTLING
+        raise SystemExit(
+            f"--steps {steps} makes {num} tokens a text, and a context of {context} has room for "
+            f"fewer; {most} steps are the most"
+        )
+    return num
 
 
 def tell(engine: Engine, sink: IO[bytes]) -> int:
@@ -348,8 +379,11 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--kinds", nargs="+", default=["decode", "overlap", "prefill"])
+    parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS)
     args = parser.parse_args()
+    if "overlap" in args.kinds:  # to be refused now, not after minutes
+        for batch, length in (shape for name in args.models for shape in DECODE[name]):
+            answer_len(batch, length, args.steps)
     about = {
         "gpu": torch.cuda.get_device_name(),
         "torch": torch.__version__,

@@ -1,6 +1,7 @@
 """Files that deploy: they say what the command line said, and no secrets."""
 
 import json
+import sys
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -68,6 +69,39 @@ def test_compose_file_runs_serve_with_the_same_flags(
         refused.exception, HubError
     )  # all was understood, but the folder is not there
     assert {"--max-draft", "--context", "--enable-prefill-logprobs"} <= set(command)
+
+
+@pytest.mark.parametrize(
+    ("words", "refused"),
+    [
+        (("--gpus", "1"), True),
+        (("--device", "cuda"), True),
+        (("--gpus", "4"), False),
+        (("--device", "cpu", "--gpus", "1"), False),
+        ((), False),
+    ],
+)
+def test_ranks_without_a_gpu_each_are_refused_unless_they_run_on_a_cpu(
+    words: tuple[str, ...], refused: bool, tiny_folder: Callable[[str], Path]
+) -> None:
+    shared = ["deploy", str(tiny_folder("falcon-40b")), "--write", "compose"]
+    done = CliRunner().invoke(app, [*shared, "--tensor-parallel", "2", *words])
+    if refused:
+        assert isinstance(done.exception, ConfigError)
+        assert "--tensor-parallel is 2, and each engine has --gpus" in str(done.exception)
+        assert "give each engine --gpus 2" in str(done.exception)
+    else:
+        assert done.exit_code == 0, done.output
+
+
+def test_deploying_without_ray_says_what_to_install(
+    tiny_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    monkeypatch.delitem(sys.modules, "longwing.cluster.deploy", raising=False)
+    done = CliRunner().invoke(app, ["deploy", str(tiny_folder("falcon-40b"))])
+    assert isinstance(done.exception, ConfigError)
+    assert "pip install 'longwing[cluster]'" in str(done.exception)
 
 
 def test_sizes_that_contradict_each_other_are_refused() -> None:

@@ -3,14 +3,19 @@
 import json
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 
 import pytest
 import torch
+from torch import Tensor
 
 from longwing.engine.generator import Generator, load
 from longwing.engine.request import FinishReason, SamplingParams
 from longwing.errors import CapacityError, ContextLengthError, RequestError, SamplingError
+from longwing.models import load_model
+from longwing.parallel import Group
 
 Folder = Callable[[str], Path]
 
@@ -130,3 +135,43 @@ def test_progress_reports_each_chunk_of_the_prompt(
         [1] * 10, max_new_tokens=1, progress=lambda done, total: seen.append((done, total))
     )
     assert seen == [(4, 10), (8, 10), (10, 10)]
+
+
+class _InThreads(Group):
+    """Ranks that are threads of this process: each says its tensor, and all read what was said."""
+
+    def __init__(self, rank: int, said: list[Tensor], meeting: Barrier) -> None:
+        super().__init__(rank, len(said))
+        self._said, self._meeting = said, meeting
+
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        return tensor.copy_(torch.stack(self._exchanged(tensor)).sum(0))
+
+    def all_gather(self, tensor: Tensor, dim: int) -> Tensor:
+        return torch.cat(self._exchanged(tensor), dim)
+
+    def _exchanged(self, tensor: Tensor) -> list[Tensor]:
+        self._said[self.rank] = tensor.clone()
+        self._meeting.wait()
+        said = list(self._said)
+        self._meeting.wait()
+        return said
+
+
+@pytest.mark.parametrize("name", ["falcon-40b", "llama3"])
+def test_ranks_that_share_a_model_each_give_its_answer(name: str, tiny_folder: Folder) -> None:
+    whole = load(tiny_folder(name), context=64)
+    said, meeting = [torch.empty(0)] * 2, Barrier(2, timeout=20)
+
+    def answer(rank: int) -> list[int]:
+        try:
+            part = load_model(tiny_folder(name), context=64, group=_InThreads(rank, said, meeting))
+            generator = Generator(part, whole.tokenizer)
+            return generator.generate([3, 1, 4], max_new_tokens=12, ignore_eos=True).token_ids
+        except BaseException:
+            meeting.abort()
+            raise
+
+    with ThreadPoolExecutor(2) as ranks:
+        answers = list(ranks.map(answer, range(2)))
+    assert answers == [whole.generate([3, 1, 4], max_new_tokens=12, ignore_eos=True).token_ids] * 2

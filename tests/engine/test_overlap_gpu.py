@@ -1,6 +1,8 @@
 """On a GPU, a step ahead is launched without waiting for anything, and changes no token."""
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,18 +34,39 @@ def engine_on_gpu(folder: Path, overlap: str, dtype: str) -> Engine:
     return load_engine(folder, options)[0]
 
 
+@contextmanager
+def nothing_waits() -> Iterator[None]:
+    """To wait for the GPU in here is an error, as far as PyTorch notices it."""
+    try:  # from the first on: whatever setting the mode says, it is set
+        set_sync_debug_mode("error")
+        yield
+    finally:
+        set_sync_debug_mode("default")
+
+
+def set_sync_debug_mode(mode: str) -> None:
+    with warnings.catch_warnings():  # once a process it warns that it does not notice all
+        warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype", UserWarning)
+        torch.cuda.set_sync_debug_mode(mode)
+
+
+def test_what_waits_is_an_error_inside_and_none_after() -> None:
+    x = torch.ones(1, device="cuda")
+    with pytest.raises(RuntimeError, match="synchronizing"), nothing_waits():
+        x.item()
+    assert torch.cuda.get_sync_debug_mode() == 0
+    assert x.item() == 1
+
+
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Sizes of the steps launched ahead; whatever waits for the GPU in one is an error."""
+    """Sizes of the steps launched ahead; to wait for the GPU in one is an error."""
     launched: list[int] = []
     launch = Engine._launch_ahead
 
     def watched(engine: Engine, flight: Flight) -> Flight | None:
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with nothing_waits():
             ahead = launch(engine, flight)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
         if ahead is not None:
             launched.append(len(ahead.batch))
         return ahead

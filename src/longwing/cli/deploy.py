@@ -1,12 +1,10 @@
 """`longwing deploy`: a model on a Ray cluster, many engines behind one HTTP API."""
 
-import importlib
 import signal
 import threading
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from types import ModuleType
 from typing import Annotated
 
 import typer
@@ -14,6 +12,7 @@ import typer
 from longwing.cli.console import note, warn
 from longwing.cli.launcher import variables
 from longwing.cli.options import LoadOptions, filled_by, find_model, one_of, size
+from longwing.cli.spread import with_ray
 from longwing.cluster.manifest import KINDS, Deployment, manifest
 from longwing.cluster.options import DeployOptions
 from longwing.engine.folder import ModelFolder
@@ -81,11 +80,12 @@ def deploy(
     Needs: pip install 'longwing\[cluster]'.
     """
     if down:
-        cluster = _cluster()
+        cluster = with_ray("deploy")
         cluster.connect(address, scale, server)
         cluster.take_down(name)
         note(f"{name} is down")
         return
+    _check_gpus(engine.tensor_parallel, load.device, scale.gpus)
     folder = find_model(model).resolve()
     ModelFolder.open(folder, load.rope)  # a folder at fault is refused here, not on every machine
     if server.host not in ("127.0.0.1", "localhost", "::1") and not server.api_keys:
@@ -105,7 +105,7 @@ def deploy(
     if write is not None:
         typer.echo(manifest(write, what, version=version("longwing")), nl=False)
         return
-    cluster = _cluster()
+    cluster = with_ray("deploy")
     note(f"deploying {scale.replicas} engines; Ray says more in its dashboard and logs")
     cluster.connect(address, scale, server)
     cluster.deploy(what)
@@ -117,18 +117,24 @@ def deploy(
         cluster.shut_down()
 
 
-def _cluster() -> ModuleType:
-    """What knows Ray, which is an extra.
+def _check_gpus(ranks: int, device: str, gpus: float) -> None:
+    """Refuse ranks without a GPU each; an engine is to use those that Ray keeps for it.
+
+    Args:
+        ranks: that share a model, as --tensor-parallel.
+        device: as --device: "auto" without a GPU is the CPU, whose cores ranks may share.
+        gpus: of each engine.
 
     Raises:
-        ConfigError: it is not installed.
+        ConfigError: there are fewer GPUs than ranks.
     """
-    try:
-        return importlib.import_module("longwing.cluster.deploy")
-    except ModuleNotFoundError as error:
+    on_gpus = device.startswith("cuda") or (device == "auto" and gpus > 0)
+    if ranks > 1 and on_gpus and gpus < ranks:
         raise ConfigError(
-            f"{error.name} is not installed", remedy="pip install 'longwing[cluster]'"
-        ) from error
+            f"--tensor-parallel is {ranks}, and each engine has --gpus {gpus:g}; "
+            "a rank takes a whole GPU",
+            remedy=f"give each engine --gpus {ranks}, or use --device cpu to try it out",
+        )
 
 
 def _until_stopped() -> None:

@@ -1,9 +1,10 @@
-"""Work that a verb spreads over a Ray cluster: `--ray` and its options."""
+"""Ray, where a verb needs it; and work spread over a cluster of it: `--ray` and its options."""
 
 import importlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 from longwing.cli.console import note
@@ -23,6 +24,20 @@ def cluster_variables(name: str) -> list[str]:
     return ["RAY_ADDRESS"] if name == "address" else []
 
 
+def with_ray(name: str) -> ModuleType:
+    """A module of `longwing.cluster` that knows Ray, which is an extra.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    try:
+        return importlib.import_module(f"longwing.cluster.{name}")
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"{error.name} is not installed", remedy="pip install 'longwing[cluster]'"
+        ) from error
+
+
 @contextmanager
 def assembled(spread: SpreadOptions, device: str) -> Iterator["Crew"]:
     """The workers of a cluster, while the work lasts.
@@ -30,13 +45,7 @@ def assembled(spread: SpreadOptions, device: str) -> Iterator["Crew"]:
     Raises:
         ConfigError: Ray is not installed, is not there, or has not so much room.
     """
-    try:
-        crews = importlib.import_module("longwing.cluster.crew")
-    except ModuleNotFoundError as error:
-        raise ConfigError(
-            f"{error.name} is not installed", remedy="pip install 'longwing[cluster]'"
-        ) from error
-    with crews.assembled(spread, device) as crew:
+    with with_ray("crew").assembled(spread, device) as crew:
         size = crew.size
         note(f"workers: {size.num}, each with {size.gpus:g} GPUs and {size.cpus:g} cores")
         yield crew

@@ -280,15 +280,14 @@ class _Sequence:
         # The RoPE base is chosen here, once, for the sequence's whole life.
         self.rung = model.rotary.rung_for(prompt_len, max_new) if model.rotary else 0
         num_pages = -(-(prompt_len + max_new) // PAGE_LEN)
-        config = model.config
-        shape = (num_pages, PAGE_LEN, config.num_kv_heads, config.head_dim)
+        shape = (num_pages, PAGE_LEN, model.num_kv_heads, model.config.head_dim)
 
         def empty_PBKH() -> Tensor:
             return torch.empty(shape, dtype=model.dtype, device=model.device)
 
         self.pages = tuple(
             KVPages(keys_PBKH=empty_PBKH(), values_PBKH=empty_PBKH())
-            for _ in range(config.num_layers)
+            for _ in range(model.config.num_layers)
         )
         self.page_table_1P = torch.arange(num_pages, dtype=torch.int32, device=model.device)[None]
 
