@@ -24,7 +24,6 @@ from step import MODELS, PAGE_LEN, Bench, fill, random_model
 from longwing.engine.runner import Runner
 from longwing.kernels import StreamedWeight
 from longwing.kernels import wna16_triton as kernels
-from longwing.models.fused_norm import Handover
 
 LAYERS = 12
 """4.3 GB of weights: the L2 cache forgets each before it is read again."""
@@ -34,42 +33,49 @@ STEPS = 30
 
 WAYS: dict[str, dict[str, Any]] = {
     "as chosen": {},
-    "norms by themselves": {"fold": False},
+    "norms by themselves": {"folded": 0},
     "8 chunks": {"chunks": 8},
     "32 chunks": {"chunks": 32},
     "3 stages": {"stages": 3},
-    "4 stages": {"stages": 4},
     "5 stages": {"stages": 5},
     "tiles of 256": {"panels": 8},
-    "tiles of 256, 8 chunks": {"panels": 8, "chunks": 8},
-    "tiles of 256, 32 chunks": {"panels": 8, "chunks": 32},
+    "fetch 1 ahead": {"depth": 1},
+    "fetch 2 ahead": {"depth": 2},
+    "fetch 4 ahead": {"depth": 4},
     "as chosen, again": {},
 }
 
 
 @contextmanager
 def cut(way: dict[str, Any]) -> Iterator[None]:
-    """Let products be cut in another way than `choose_cut` would."""
+    """Let products be cut in another way than `choose_cut` would.
+
+    A way may say: the bounds `narrow` and `folded`; `chunks` of a narrow program; `programs` that
+    a wide launch aims at, or `wide_chunks` of each; and fields of `Cut` for launches beside others.
+    """
     choose = kernels.choose_cut
+    fields = {name: way[name] for name in ("stages", "panels", "registers") if name in way}
 
     def chosen(weight: StreamedWeight, num_tokens: int, *, beside: bool = False) -> kernels.Cut:
         found = choose(weight, num_tokens, beside=beside)
         if not beside:
             return found
-        splits = found.splits
-        if "chunks" in way and num_tokens <= kernels.NARROW_TOKENS:
-            splits = max(round(weight.words.shape[1] / way["chunks"]), 1)
-        return replace(
-            found,
-            splits=splits,
-            stages=way.get("stages", found.stages),
-            panels=way.get("panels", found.panels),
-        )
+        if "wide_chunks" in way and found.wide:
+            splits = max(round(weight.words.shape[1] / way["wide_chunks"]), 1)
+            return replace(found, **fields, splits=splits)
+        return replace(found, **fields)
 
+    bounds = {
+        "NARROW_TOKENS": way.get("narrow"),
+        "FOLDED_TOKENS": way.get("folded"),
+        "CHUNKS_BESIDE": way.get("chunks"),
+        "WIDE_PROGRAMS": way.get("programs"),
+    }
     with ExitStack() as stack:
+        for name, number in bounds.items():
+            if number is not None:
+                stack.enter_context(patch.object(kernels, name, number))
         stack.enter_context(patch.object(kernels, "choose_cut", chosen))
-        if not way.get("fold", True):
-            stack.enter_context(patch.object(Handover, "norms_for", lambda *_: ()))
         yield
 
 

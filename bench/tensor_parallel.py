@@ -10,7 +10,7 @@ numbers in the first rank and none in the others, which costs the same time.
 
 With --deaths a server's engine of the most ranks is then started, and while it answers, one rank
 after another is killed or stopped: how long until every process of the group is gone, and until a
-new one answers.
+new one answers. A model of few layers (`make_folder.py --layers 2`) says it as well, and sooner.
 
 Goals, with two H200s and Falcon-40B: 1.6 times one GPU's decoding at batch 1, and 1.8 times its
 reading.
@@ -20,6 +20,7 @@ import argparse
 import asyncio
 import gc
 import json
+import logging
 import os
 import platform
 import signal
@@ -51,6 +52,11 @@ DEATHS = [(1, signal.SIGKILL), (1, signal.SIGSTOP), (0, signal.SIGKILL)]
 DEATH_S = 10.0
 """Within which no process of a group may be left."""
 
+DEATH_SEQUENCES = 4
+
+_ENOUGH_S = 60.0
+"""After which nobody waits for that any longer."""
+
 
 def measure(folder: Path, options: EngineOptions, spec: BenchSpec) -> dict[str, Any]:
     """All lines of one number of ranks, and a greedy answer."""
@@ -64,11 +70,19 @@ def measure(folder: Path, options: EngineOptions, spec: BenchSpec) -> dict[str, 
         for call in bench.measurements():
             lines.append(call())
             print(f"    {label(lines[-1])}", flush=True)
+        direct = bench.engine.model.group.peers is not None
         prompt = tuple(7 * at % info.vocab_size for at in range(min(spec.contexts)))
         answer = greedy(bench, prompt)
     finally:
         bench.engine.close()
-    return {"ranks": info.ranks, "engine": asdict(info), "lines": lines, "answer": answer}
+    return {
+        "ranks": info.ranks,
+        "engine": asdict(info),
+        "sums_without_nccl": direct,
+        "ready_s": round(seconds, 1),
+        "lines": lines,
+        "answer": answer,
+    }
 
 
 def greedy(bench: Bench, prompt: tuple[int, ...]) -> list[int]:
@@ -161,7 +175,7 @@ async def one_death(service: EngineService, rank: int, sent: signal.Signals) -> 
                 os.kill(group[rank], sent)
             last = event
     failed_s = time.perf_counter() - began
-    while any(command(pid) for pid in group):
+    while any(command(pid) for pid in group) and time.perf_counter() - began < _ENOUGH_S:
         await asyncio.sleep(0.01)
     gone_s = time.perf_counter() - began
     while service.status == "starting":
@@ -224,6 +238,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="append a line of JSON")
     parser.add_argument("--commit", default="", help="to be noted")
     args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
     spec = BenchSpec(
         batches=tuple(args.batch),
         contexts=tuple(args.context),
@@ -254,7 +269,10 @@ def main() -> None:
     }
     if args.deaths:
         print(f"deaths of {max(args.ranks)} ranks:", flush=True)
-        served = EngineOptions(device=args.device, tensor_parallel=max(args.ranks))
+        # Few sequences: there are graphs to record for each number of them, at every start.
+        served = EngineOptions(
+            device=args.device, tensor_parallel=max(args.ranks), max_sequences=DEATH_SEQUENCES
+        )
         result["deaths"] = asyncio.run(deaths(args.folder, served))
     if args.out is not None:
         args.out.parent.mkdir(parents=True, exist_ok=True)

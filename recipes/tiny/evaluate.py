@@ -5,8 +5,9 @@
 
 The cases, the engine that answers them, the scoring and the record are the product's. What differs
 from `longwing eval … --concurrency 32`: a cache of a given size, so that twelve of these share a
-GPU, longer chunks of prompts, no prefixes kept (no two cases share any), and each prompt is made
-into tokens once. A process that is stopped leaves every finished case on record.
+GPU, longer chunks of prompts, no prefixes kept (no two cases share any), no step begun before the
+last one's tokens are read, and each prompt is made into tokens once. A process that is stopped
+leaves every finished case on record.
 """
 
 import argparse
@@ -57,7 +58,7 @@ def main() -> None:
     parser.add_argument("--rope", help="instead of the model's own settings")
     parser.add_argument("--cases", type=int, default=CASES, help="of each column")
     parser.add_argument("--short", action="store_true", help="the first column alone")
-    parser.add_argument("--cache-tokens", type=int, default=400_000)
+    parser.add_argument("--cache-tokens", type=int, default=640_000)
     parser.add_argument("--chunk", type=int, default=8192, help="tokens of a step at most")
     parser.add_argument("--concurrency", type=int, default=32)
     given = parser.parse_args()
@@ -69,6 +70,7 @@ def main() -> None:
         max_sequences=given.concurrency,
         max_batch_tokens=given.chunk,
         max_draft=0,
+        overlap="off",
         prefix_cache=False,
     )
     quant = Checkpoint.open(given.model).quant

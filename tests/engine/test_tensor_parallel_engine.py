@@ -332,10 +332,12 @@ def test_a_step_is_overdue_until_its_device_is_through(monkeypatch: pytest.Monke
     assert not clock.overdue()
     now[0] += 2
     assert clock.overdue()
+    assert clock.is_awaited()
     clock.begin("a shape", pairs=2e8)  # waits for the one before it, then takes 10 s and its limit
     clock.end()
     clock.begin("another of its rows")
     clock.end()
     clock.begin("another of its rows")
+    assert not clock.is_awaited()  # its thread is still about to launch, and can be told
     now[0] += 17
     assert not clock.overdue()

@@ -71,6 +71,15 @@ def test_activations_are_pytorchs_alone_and_as_a_gate(act: str, dtype: torch.dty
     assert torch.equal(around_TF[:, 1200:2300], right_TF)
 
 
+def test_gelu_is_right_where_next_to_nothing_is_left_of_it() -> None:
+    """To a rounding of each value, as far out as float16 can tell."""
+    x_TF = torch.linspace(-9, 9, 4001)[None].half()
+    exact_TF = x_TF.double() * torch.special.ndtr(x_TF.double())
+    found_TF = fused.activate_(x_TF.to(DEVICE), "gelu").cpu().double()
+    smallest = torch.finfo(torch.float16).smallest_normal
+    assert ((found_TF - exact_TF).abs() / exact_TF.abs().clamp(min=smallest)).max() < 2**-10
+
+
 def test_what_the_kernels_lack_is_refused() -> None:
     x_TF = _numbers(1, 8, dtype=torch.float16, seed=0)
     with pytest.raises(ValueError, match="not one of gelu"):

@@ -107,6 +107,22 @@ def test_heads_that_share_keys_get_what_the_reference_gives(
     _assert_equals_reference(*_step(**step, heads=heads, dtype=dtype))
 
 
+@pytest.mark.parametrize("num_splits", [1, 3])
+def test_heads_can_be_written_in_the_order_that_a_product_of_many_tokens_takes(
+    num_splits: int,
+) -> None:
+    q_TNH, inputs, spec = _step(**MIXED, heads=(6, 3), dtype=torch.float16)
+    pages = inputs.pages[0]
+    natural_TNH, arranged_TNH = (
+        paged_triton.paged_attention(
+            q_TNH, pages, inputs, spec, num_splits=num_splits, arrange=arrange
+        )
+        for arrange in (False, True)
+    )
+    by_fours = natural_TNH.unflatten(-1, (-1, 4, 2, 2)).transpose(-3, -2).flatten(-4)
+    assert torch.equal(arranged_TNH, by_fours)
+
+
 def test_sequences_that_decode_beside_a_prompt_get_a_call_of_their_own() -> None:
     q_TNH, inputs, spec = _step([1, 1, 20, 3], [50, 7, 40, 3])
     whole = paged_triton.paged_attention(q_TNH, inputs.pages[0], inputs, spec)

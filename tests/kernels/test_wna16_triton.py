@@ -115,10 +115,23 @@ def test_splitting_the_inputs_changes_no_more_than_the_order_of_sums(num_tokens:
     streamed, x_TK = stream([weight], torch.float16), _inputs(num_tokens, 384)
     tokens = {1: 8, 16: 16, 20: 32}[num_tokens]
     for splits in (1, 2, 3):
-        cut = Cut(tokens=tokens, splits=splits, stages=2)
+        cut = Cut(tokens=tokens, splits=splits, stages=2, wide=tokens > 16)
         for _ in range(2):  # the first launch leaves the arrivals as it found them
             _assert_product(triton.packed_matmul(x_TK, streamed, cut), x_TK, weight)
         assert not streamed.arrivals.any()
+
+
+@pytest.mark.parametrize("num_tokens", [1, 7, 16, 20, 64])
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("group_size", [32, 64, 128, 384])
+def test_every_way_to_cut_a_product_gives_it(num_tokens: int, bits: int, group_size: int) -> None:
+    weight = _weight(bits, 384, 256, group_size, symmetric=False)
+    streamed, x_TK = stream([weight], torch.float16), _inputs(num_tokens, 384)
+    tokens = next(tokens for tokens in (8, 16, 32, 64) if num_tokens <= tokens)
+    for panels in (4, 8):
+        for wide in {tokens > 16, tokens > 8}:
+            cut = Cut(tokens=tokens, splits=2, stages=2, panels=panels, wide=wide)
+            _assert_product(triton.packed_matmul(x_TK, streamed, cut), x_TK, weight)
 
 
 def test_a_row_is_the_same_alone_and_in_a_batch() -> None:

@@ -23,6 +23,7 @@ from longwing.models import DTYPES, Decoder, load_model
 from longwing.models.prepare import prepare
 from longwing.models.streaming import stream_weights
 from longwing.parallel import Group
+from longwing.parallel.group import TIMEOUT_S
 
 PROMPT_LEN = 12
 NUM_NEW = 3
@@ -102,29 +103,62 @@ def _word(dtype: torch.dtype) -> str:
 
 def _rank(rank: int, world: dict[str, Any]) -> None:
     device = f"cuda:{rank}" if world.get("on_gpus") else "cpu"
-    with Group.join(rank, world["size"], world["meeting"], device=device) as group:
+    # On GPUs one rank may compile kernels while the other waits in a sum.
+    timeout_s = 120.0 if world.get("on_gpus") else TIMEOUT_S
+    with Group.join(
+        rank, world["size"], world["meeting"], device=device, timeout_s=timeout_s
+    ) as group:
         for case in world["cases"]:
             settings = {k: v for k, v in case.items() if k not in ("name", "out")}
             found = answers(group=group, device=device, **settings)
             write_tensor_file(Path(f"{case['out']}.{rank}.safetensors"), found)
         if world.get("on_gpus"):
-            recorded = {"sums": _recorded(group)}
+            recorded = {"replayed": _replayed(group), **_sums(group)}
             write_tensor_file(Path(f"{world['recorded']}.{rank}.safetensors"), recorded)
 
 
-def _recorded(group: Group) -> Tensor:
-    """What a CUDA graph with a sum in it gives when it is replayed on rank + 1, rank + 2, ..."""
-    given = torch.zeros(4, device=group.device)
-    group.barrier()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        summed = group.all_reduce(given * 1)
-    sums = []
-    for step in range(1, 4):
-        given.fill_(group.rank + step)
-        graph.replay()
-        sums.append(summed.clone())
-    return torch.stack(sums).cpu()
+def _replayed(group: Group) -> Tensor:
+    """What a CUDA graph with a sum in it gives when it is replayed on rank + 1, rank + 2, ...
+
+    With NCCL's sum, and with that of peers, where there are any.
+    """
+    made = []
+    for peers in (None, group.peers):
+        own = Group(group.rank, group.size, device=group.device)
+        own.peers = peers
+        given = torch.zeros(4, device=group.device)
+        own.all_reduce(given)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            summed = own.all_reduce(given * 1)
+        sums = []
+        for step in range(1, 4):
+            given.fill_(group.rank + step)
+            graph.replay()
+            sums.append(summed.clone())
+        made.append(torch.stack(sums)[:, 0].cpu())
+        graph.reset()  # before its communicator goes
+    return torch.stack(made)
+
+
+def _sums(group: Group) -> dict[str, Tensor]:
+    """The same sums by peers and by NCCL, a thousand after each other; {} without peers."""
+    if group.peers is None:
+        return {}
+    with_nccl = Group(group.rank, group.size, device=group.device)
+    generator = torch.Generator(group.device).manual_seed(group.rank)
+    worst = []
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        off = torch.zeros((), dtype=torch.float64, device=group.device)
+        for turn in range(1000):
+            shape = ((1, 8192), (3, 1000), (64, 8192), (1, 1))[turn % 4]
+            part = torch.randn(shape, generator=generator, device=group.device).to(dtype)
+            by_nccl, by_peers = with_nccl.all_reduce(part.clone()), group.all_reduce(part)
+            step = torch.finfo(dtype).eps * by_nccl.double().abs().clamp(min=1e-3)
+            off = off.maximum(((by_peers.double() - by_nccl.double()).abs() / step).max())
+        worst.append(off)
+    return {"last_places": torch.stack(worst).cpu()}
 
 
 def main() -> None:

@@ -30,6 +30,8 @@ from longwing.models import Decoder, ModelConfig, check_split, load_model, loade
 from longwing.parallel import Group
 from tiny import ARCHITECTURES, COMMON, VOCAB, save_model
 
+two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+
 SCRIPT = Path(__file__).with_name("tensor_parallel_ranks.py")
 Folder = Callable[[str, str], Path]
 
@@ -61,6 +63,13 @@ MORE: dict[str, Callable[[], PretrainedConfig]] = {
         attention_bias=True, mlp_bias=True,
     ),
 }  # fmt: skip
+# Of two blocks, and wide enough that one hands its sum to the other's norms.
+FOLDED: dict[str, Callable[[], PretrainedConfig]] = {
+    "folding falcon": lambda: FalconConfig(
+        **{**WIDE, "hidden_size": 1024, "num_attention_heads": 8}, num_kv_heads=2,
+        new_decoder_architecture=True, alibi=False, bias=False, ffn_hidden_size=1024,
+    ),
+}  # fmt: skip
 STREAMED = {"parallel falcon": "act-order", "llama": "4-bit"}
 
 
@@ -72,7 +81,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Folder:
     def make(name: str, kind: str) -> Path:
         if (name, kind) not in made:
             path = made[name, kind] = tmp_path_factory.mktemp("model")
-            config = {**ARCHITECTURES, **MORE}[name]()
+            config = {**ARCHITECTURES, **MORE, **FOLDED}[name]()
             if kind == "dense":
                 save_model(config, path)
             else:
@@ -192,30 +201,59 @@ def _agree(found: list[dict[str, Tensor]], expected: dict[str, Tensor], toleranc
             assert torch.equal(own[key], found[0][key])
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_two_gpus_give_the_logits_of_one_and_a_graph_replays_their_sums(
-    in_folders: Callable[..., dict[str, Any]], tmp_path: Path
+ON_GPUS: list[dict[str, Any]] = [
+    {"folder": ("falcon-40b", "dense"), "dtype": "float32"},
+    *(
+        {"folder": of, "form": "streamed", "dtype": dtype, "unpack": False, "num_new": num_new}
+        for of, dtype, num_new in (
+            (("parallel falcon", "act-order"), "float16", 3),
+            (("llama", "4-bit"), "float16", 3),
+            (("folding falcon", "4-bit"), "bfloat16", 1),
+        )
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def of_gpus(
+    in_folders: Callable[..., dict[str, Any]], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """Where both GPUs' answers lie: case-NUMBER.RANK.safetensors, and sums.RANK.safetensors."""
+    room = tmp_path_factory.mktemp("gpus")
+    cases = [
+        {**in_folders(case), "out": str(room / f"case-{number}")}
+        for number, case in enumerate(ON_GPUS)
+    ]
+    world = {"size": 2, "meeting": f"file://{room}/meeting", "cases": cases}
+    _run([{**world, "on_gpus": True, "recorded": str(room / "sums")}], room)
+    return room
+
+
+@two_gpus
+@pytest.mark.parametrize("number", range(len(ON_GPUS)))
+def test_two_gpus_give_the_logits_of_one(
+    number: int, in_folders: Callable[..., dict[str, Any]], of_gpus: Path
 ) -> None:
-    sixteen: dict[str, Any] = {"dtype": "float16", "unpack": False, "num_new": 3}
-    cases: list[dict[str, Any]] = [
-        {"folder": ("falcon-40b", "dense"), "dtype": "float32"},
-        {"folder": ("parallel falcon", "act-order"), "form": "streamed", **sixteen},
-        {"folder": ("llama", "4-bit"), "form": "streamed", **sixteen},
-    ]
-    made = [
-        {**in_folders(case), "out": str(tmp_path / f"case-{number}")}
-        for number, case in enumerate(cases)
-    ]
-    meeting, recorded = f"file://{tmp_path}/meeting", str(tmp_path / "recorded")
-    world = {"size": 2, "meeting": meeting, "cases": made, "on_gpus": True, "recorded": recorded}
-    _run([world], tmp_path)
-    for number, case in enumerate(cases):
-        found = [load_file(tmp_path / f"case-{number}.{rank}.safetensors") for rank in range(2)]
-        one = answers(**in_folders(case), device="cuda:0")
-        _agree(found, one, 1e-3 if case["dtype"] == "float32" else 0.03)
+    case = ON_GPUS[number]
+    found = [load_file(of_gpus / f"case-{number}.{rank}.safetensors") for rank in range(2)]
+    one = answers(**in_folders(case), device="cuda:0")
+    _agree(found, one, {"float32": 1e-3, "float16": 0.03, "bfloat16": 0.1}[case["dtype"]])
+
+
+@two_gpus
+def test_a_graph_replays_the_sums_of_two_gpus(of_gpus: Path) -> None:
     for rank in range(2):
-        sums = load_file(f"{recorded}.{rank}.safetensors")["sums"]
-        assert sums[:, 0].tolist() == [3.0, 5.0, 7.0]
+        replayed = load_file(of_gpus / f"sums.{rank}.safetensors")["replayed"]
+        assert replayed.tolist() == [[3.0, 5.0, 7.0]] * 2
+
+
+@two_gpus
+def test_sums_of_two_gpus_that_reach_each_other_are_nccls(of_gpus: Path) -> None:
+    for rank in range(2):
+        sums = load_file(of_gpus / f"sums.{rank}.safetensors")
+        if "last_places" not in sums:
+            pytest.skip("these GPUs do not reach into each other's memory")
+        assert sums["last_places"].max() <= 1.0
 
 
 def _parts(path: Path, size: int, **settings: Any) -> list[Decoder]:

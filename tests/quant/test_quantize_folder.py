@@ -216,6 +216,8 @@ def test_embedding_head_norms_and_biases_are_left_as_they_were(
         ("a.txt", "", "0 tokens"),
         ("a.txt", "short", "6 tokens, and 2 samples of 50 need 100"),
         ("a.jsonl", '{"words": 1}\n', 'line 1: no field "text"'),
+        ("a.jsonl", '{"input_ids": ["1"]}\n', 'line 1: no field "text"'),
+        ("a.jsonl", '{"input_ids": [1, 1000000]}\n', "input_ids hold 1000000, and the model's"),
         ("a.jsonl", "{", "cannot be read"),
         ("a.csv", "x", "ends in .txt, .jsonl, .parquet, not in .csv"),
     ],
@@ -228,6 +230,21 @@ def test_unusable_calibration_text_is_refused_with_its_reason(
     tokenizer = Tokenizer.from_folder(dense["llama"])
     with pytest.raises(CalibrationError, match=message):
         make_calibration(tokenizer, [file], num_samples=2, seqlen=50)
+
+
+def test_token_ids_are_taken_as_they_are_so_that_special_tokens_can_be_given(
+    dense: dict[str, Path], tmp_path: Path
+) -> None:
+    tokenizer = Tokenizer.from_folder(dense["llama"])
+    special = min(tokenizer.eos_ids)
+    ids = [5, special, 6, 7, special, 8]
+    written = tokenizer.decode(ids, skip_special=False)
+    assert special not in tokenizer.encode(written, add_bos=False)  # a text cannot say it
+
+    file = tmp_path / "ids.jsonl"
+    file.write_text(json.dumps({"input_ids": ids}) + "\n")
+    calibration = make_calibration(tokenizer, [file], num_samples=1, seqlen=len(ids))
+    assert calibration.samples[0].tolist() == ids
 
 
 def test_samples_are_fixed_by_the_seed_and_long_ones_stay_in_a_document(

@@ -51,6 +51,9 @@ _START_S = 120.0
 _GRACE_S = 0.5
 """How long rank 0's running thread has to find out by itself that the group is lost."""
 
+_STUCK_S = 300.0
+"""The same where its process is not the engine's alone. NCCL's watchdog has as long."""
+
 LOOK_S = 0.5
 """How often the watching threads look at the clock, and rank 0 says that it is there."""
 
@@ -67,7 +70,8 @@ class Followers:
         device: of rank 0.
         dedicated: this process exists for the engine alone, so it is ended when the group is lost,
             by itself or, should it hang, by a follower; and followers end with its main thread.
-            Otherwise steps raise, and a thread that waits for a GPU is left to NCCL's watchdog.
+            Otherwise steps raise; a process whose thread waits for a GPU that waits for the lost
+            ranks, which nothing else can end, is ended in five minutes.
     """
 
     def __init__(
@@ -225,7 +229,9 @@ class Followers:
         self._lost.set()
         for rank in self._ranks:
             rank.end(0.0)
-        if self._dedicated and not self._closed.wait(_GRACE_S):
+        if self._closed.wait(_GRACE_S if self._dedicated else _STUCK_S):
+            return
+        if self._dedicated or self.clock.is_awaited():
             _log.critical("the group of %d is lost: %s", self.size, why)
             os._exit(1)
 

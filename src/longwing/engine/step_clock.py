@@ -1,9 +1,10 @@
 """`StepClock`: whether the step that a GPU is at takes longer than any step can.
 
 Ranks of a group meet inside every step, so when one of them hangs the others' GPUs wait for it, and
-wait for ever where the meeting is part of a CUDA graph: NCCL's own watchdog does not look into
-graphs. So the first rank asks its own GPU, from another thread, whether it is through; that speaks
-for all. On a CPU there is no clock: a sum that waits too long raises by itself (`parallel.Group`).
+wait for ever where the meeting is part of a CUDA graph, into which NCCL's own watchdog does not
+look, or goes without NCCL (`parallel/peers.py`). So the first rank asks its own GPU, from another
+thread, whether it is through; that speaks for all. On a CPU there is no clock: a sum that waits too
+long raises by itself (`parallel.Group`).
 """
 
 import time
@@ -69,6 +70,10 @@ class StepClock:
         if self._done is None or self._deadline is None or not self._is_busy():
             return False
         return time.monotonic() > self._deadline
+
+    def is_awaited(self) -> bool:
+        """Whether a step was launched that the device is not through with."""
+        return self._done is not None and self._is_launched and not self._done.query()
 
     def _is_busy(self) -> bool:
         """Whether a step was begun that the device is not through with."""

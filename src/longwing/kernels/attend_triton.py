@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc
 
+from longwing.kernels.fused_device import arranged
+
 LOG2_E = tl.constexpr(1.4426950408889634)
 """exp2 is one instruction and exp is two, so scores carry this factor."""
 
@@ -80,11 +82,15 @@ def attend_tile(
     WINDOW: tl.constexpr,
     ROWS: tl.constexpr,
     EARLY: tl.constexpr,
+    ARRANGE: tl.constexpr,
     KEYS: tl.constexpr,
     SPLIT: tl.constexpr,
     BULK: tl.constexpr,
 ):
-    """One tile of rows, one KV head, one share of the keys that the tile sees."""
+    """One tile of rows, one KV head, one share of the keys that the tile sees.
+
+    ARRANGE: what comes out is to be multiplied for many tokens (`fused_device.arranged`).
+    """
     # Late tokens see most: begin with them, so that no long program starts when others have ended.
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     kv_head, split, num_splits = tl.program_id(1), tl.program_id(2), tl.num_programs(2)
@@ -189,7 +195,8 @@ def attend_tile(
         total_R = tl.where(row_R < num_rows, total_R, 1.0)  # A row that is none may have seen none.
         out_RH = sum_RH / total_R[:, None]
         out_offset_R = (first_token + token_R).to(tl.int64) * out_token_stride + head_R * HEAD_DIM
-        out_ptrs = out_ptr + out_offset_R[:, None] + head_dim_H[None, :]
+        place_H = arranged(head_dim_H) if ARRANGE else head_dim_H
+        out_ptrs = out_ptr + out_offset_R[:, None] + place_H[None, :]
         tl.store(out_ptrs, out_RH.to(out_ptr.dtype.element_ty), mask=there_RH)
     else:
         num_programs = tl.num_programs(0) * K * num_splits
@@ -335,6 +342,7 @@ def merge_splits(
     HEAD_BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
     EARLY: tl.constexpr,
+    ARRANGE: tl.constexpr,
     SPLITS: tl.constexpr,
     MERGED_ROWS: tl.constexpr,
 ):
@@ -368,6 +376,7 @@ def merge_splits(
     out_RH = tl.sum(sum_XRH * share_XR[:, :, None], 0) / total_R[:, None]
     out_offset_R = (first_token + row_R // GROUP).to(tl.int64) * out_token_stride
     out_offset_R += (kv_head * GROUP + row_R % GROUP) * HEAD_DIM
-    out_ptrs = out_ptr + out_offset_R[:, None] + head_dim_H[None, :]
+    place_H = arranged(head_dim_H) if ARRANGE else head_dim_H
+    out_ptrs = out_ptr + out_offset_R[:, None] + place_H[None, :]
     there_RH = is_row_R[:, None] & (head_dim_H < HEAD_DIM)[None, :]
     tl.store(out_ptrs, out_RH.to(out_ptr.dtype.element_ty), mask=there_RH)

@@ -80,6 +80,7 @@ def paged_attention(
     tiles: Tiling | None = None,
     num_splits: int | None = None,
     out_TNH: Tensor | None = None,
+    arrange: bool = False,
 ) -> Tensor:
     """Each sequence's new tokens over its pages; (T, N, H) in q's dtype.
 
@@ -97,6 +98,8 @@ def paged_attention(
         tiles: instead of what `tiling` chooses.
         num_splits: instead of what `splits` chooses.
         out_TNH: where the result goes, each token's heads in one piece; None for a new tensor.
+        arrange: each head's numbers lie in the order in which a product of many tokens takes them,
+            see `wna16_triton.arranges`.
 
     Raises:
         RequestError: the head dimension or the page length is none that this kernel has.
@@ -132,6 +135,7 @@ def paged_attention(
         "HEAD_BLOCK": triton.next_power_of_2(H),
         "ROWS": tiles.rows,
         "EARLY": starts_early(q_TNH.device),
+        "ARRANGE": arrange,
     }
     early = {"launch_pdl": shape["EARLY"]}
     keys, values, bulk = pages.keys_PBKH, pages.values_PBKH, _bulk(q_TNH, pages, tiles)

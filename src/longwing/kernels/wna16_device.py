@@ -3,7 +3,7 @@
 
 The layout, and the words cell, lane, pair and chunk, are `streamed.py`'s.
 
-Shape key: T tokens, K in features, N out features, R panels of 32 outputs in a tile (one a warp).
+Shape key: T tokens, K in features, N out features, R panels of 32 outputs in a tile.
 Names of blocks: `q` whole numbers, (R, 128 lanes and words, h, then the four bits of the pair);
 `w` the same as an operand, (32 R, inputs); `sums` (32 R, tokens) float32.
 
@@ -21,6 +21,9 @@ import triton
 import triton.language as tl
 
 from longwing.kernels.fused_device import activate, arranged
+
+WARPS = tl.constexpr(4)
+"""Of a program; a warp takes every fourth panel of its tile."""
 
 
 @triton.jit
@@ -161,7 +164,8 @@ def _row_scales(row_ptr, panel, R: tl.constexpr):
     at = row_ptr + panel[:, :, None, None] * 32
     at += tl.arange(0, 8)[None, :, None, None] * 4 + tl.arange(0, 4)[None, None, None, :]
     scales = tl.load(tl.broadcast_to(at, (R, 8, 4, 4))).to(tl.float32)
-    return scales.reshape(R, 8, 4, 2, 2).permute(3, 0, 4, 1, 2).reshape(R * 32, 4)
+    by_warp = scales.reshape(R // WARPS, WARPS, 8, 4, 2, 2).permute(0, 4, 1, 5, 2, 3)
+    return by_warp.reshape(R * 32, 4)
 
 
 @triton.jit
@@ -215,20 +219,20 @@ def _chunk(
 
 @triton.jit
 def _operand(q, R: tl.constexpr, width: tl.constexpr, wide: tl.constexpr):
-    """(32 R, width), rows as the tensor cores take them: 16 of each warp, then 16 more of each.
+    """(32 R, width), rows as the tensor cores take them: 16 of each warp, 16 more, the next panels.
 
     Inputs in their natural order, as mma.sync wants two pairs of a lane side by side; or `wide`,
     with t and u exchanged, as wgmma wants them.
     """
     if width == 128:
-        q = q.reshape(R, 8, 4, 2, 2, 2, 2, 2, 2, 2)
-        q = q.permute(3, 0, 4, 1, 9, 8, 7, 6 if wide else 2, 2 if wide else 6, 5)
+        q = q.reshape(R // WARPS, WARPS, 8, 4, 2, 2, 2, 2, 2, 2, 2)
+        q = q.permute(0, 4, 1, 5, 2, 10, 9, 8, 7 if wide else 3, 3 if wide else 7, 6)
     elif width == 64:
-        q = q.reshape(R, 8, 4, 2, 2, 2, 2, 2, 2)
-        q = q.permute(3, 0, 4, 1, 8, 7, 6 if wide else 2, 2 if wide else 6, 5)
+        q = q.reshape(R // WARPS, WARPS, 8, 4, 2, 2, 2, 2, 2, 2)
+        q = q.permute(0, 4, 1, 5, 2, 9, 8, 7 if wide else 3, 3 if wide else 7, 6)
     else:
-        q = q.reshape(R, 8, 4, 2, 2, 2, 2, 2)
-        q = q.permute(3, 0, 4, 1, 7, 6 if wide else 2, 2 if wide else 6, 5)
+        q = q.reshape(R // WARPS, WARPS, 8, 4, 2, 2, 2, 2, 2)
+        q = q.permute(0, 4, 1, 5, 2, 8, 7 if wide else 3, 3 if wide else 7, 6)
     return q.reshape(R * 32, width)
 
 
@@ -236,7 +240,8 @@ def _operand(q, R: tl.constexpr, width: tl.constexpr, wide: tl.constexpr):
 def _rows(tile, R: tl.constexpr):
     """(32 R,) the output that each row of an operand is."""
     row = tl.arange(0, 32 * R)
-    return tile * (32 * R) + row // 16 % R * 32 + row // (16 * R) * 16 + row % 16
+    panel = row // (32 * WARPS) * WARPS + row // 16 % WARPS
+    return tile * (32 * R) + panel * 32 + row // (16 * WARPS) % 2 * 16 + row % 16
 
 
 @triton.jit

@@ -35,10 +35,13 @@ from longwing.kernels.streamed import (
     TOKEN_TILES,
     StreamedWeight,
 )
-from longwing.kernels.wna16_device import make_dense, multiply
+from longwing.kernels.wna16_device import WARPS, make_dense, multiply
 
 NARROW_TOKENS = 16
 """Up to here mma.sync takes tokens in blocks of 8; above, wgmma takes 32 or 64."""
+
+FOLDED_TOKENS = 16
+"""Up to here norms are folded into products; at most NARROW_TOKENS."""
 
 STREAM_TOKENS = 256
 """Above this a dense slice and cuBLAS are faster (measured on an H200, bench/kernels.py)."""
@@ -72,13 +75,18 @@ class Cut:
         tokens: columns of a program's tile: 8 or 16 narrow, 32 or 64 wide.
         splits: programs that share a tile's inputs.
         stages: chunks in flight for each program.
-        panels: of 32 outputs in a tile, a warp for each: 4 or 8. More share a read of the inputs.
+        panels: of 32 outputs in a tile, one or two for each warp: 4 or 8. More share a read of the
+            inputs.
+        wide: by wgmma rather than mma.sync; at 16 tokens there is a choice.
+        registers: for a thread at most; None for what the compiler likes.
     """
 
     tokens: int
     splits: int
     stages: int
     panels: int = TILE_OUT // CELL_OUT
+    wide: bool = False
+    registers: int | None = None
 
 
 def packed_matmul(
@@ -231,13 +239,13 @@ def choose_cut(weight: StreamedWeight, num_tokens: int, *, beside: bool = False)
     if num_tokens <= NARROW_TOKENS:
         splits = min(max(round(NARROW_PROGRAMS / tiles), 1), chunks)
         return Cut(tokens=8 if num_tokens <= 8 else 16, splits=splits, stages=3)
-    tokens = 32 if num_tokens <= 32 else 64
+    tokens = 16 if num_tokens <= 16 else 32 if num_tokens <= 32 else 64
     token_tiles = triton.cdiv(num_tokens, tokens)
     if token_tiles > TOKEN_TILES:
-        return Cut(tokens=tokens, splits=1, stages=3)
+        return Cut(tokens=tokens, splits=1, stages=3, wide=True)
     programs = tiles * token_tiles
     splits = min(range(1, min(chunks, 8) + 1), key=lambda splits: _waves(programs, splits))
-    return Cut(tokens=tokens, splits=splits, stages=3)
+    return Cut(tokens=tokens, splits=splits, stages=3, wide=True)
 
 
 def _waves(programs: int, splits: int) -> float:
@@ -270,7 +278,7 @@ def dequantize(weight: StreamedWeight, start: int = 0, stop: int | None = None) 
             groups=groups,
             sym=weight.zeros is None,
             R=TILE_OUT // CELL_OUT,
-            num_warps=TILE_OUT // CELL_OUT,
+            num_warps=WARPS.value,
         )
     return dense_NK
 
@@ -327,8 +335,14 @@ class SumOfProducts:
         if kind is not None and self._streams:
             self.weights[0].arrivals.zero_()
 
-    def add(self, index: int, x_TK: Tensor, *, arranged: bool = False) -> None:
-        """The product of a weight, by its place among them, and its input."""
+    def add(
+        self,
+        index: int,
+        x_TK: Tensor,
+        *,
+        arranged: bool = False,
+    ) -> None:
+        """The product of a weight, by its place among them, and its input; see `packed_matmul`."""
         weight = self.weights[index]
         _check_input(x_TK, weight)
         if not self._streams:
@@ -373,7 +387,7 @@ def _launch(
     *,
     arranged: bool,
 ) -> None:
-    wide = cut.tokens > NARROW_TOKENS
+    wide = cut.wide
     x = _ordered(x, weight.order_K)
     if wide and not arranged:  # the order in which wgmma takes inputs, see wna16_device._operand
         x = x.unflatten(-1, (-1, 4, 2, 2)).transpose(-3, -2).flatten(-4)
@@ -411,10 +425,11 @@ def _launch(
             split_up=shared.all_splits > 1,
             R=cut.panels,
             tokens=cut.tokens,
-            pair=cut.tokens == NARROW_TOKENS,
+            pair=cut.tokens == NARROW_TOKENS and not wide,
             wide=wide,
             stages=cut.stages,
-            num_warps=cut.panels,
+            num_warps=WARPS.value,
+            maxnreg=cut.registers,
         )
 
 

@@ -51,10 +51,14 @@ class Attention(nn.Module):
         v_TKH: Tensor,
         rotation: Rotation | None,
         inputs: AttentionInputs | None,
+        *,
+        arrange: bool = False,
     ) -> Tensor:
-        """Returns (T, N * H)."""
+        """Returns (T, N * H), which `arrange` is about: see `paged_triton.paged_attention`."""
         if inputs is not None and attends_in_triton(q_TNH, inputs.pages[self.layer]):
-            return self._in_triton(q_TNH, k_TKH, v_TKH, rotation, inputs)
+            return self._in_triton(q_TNH, k_TKH, v_TKH, rotation, inputs, arrange)
+        if arrange:  # unreachable: asked of the kernels alone
+            raise RuntimeError("only attention in Triton arranges what it gives")
         if rotation is not None:
             q_TNH, k_TKH = (rotate(x, rotation.cos_TF, rotation.sin_TF) for x in (q_TNH, k_TKH))
         if inputs is None:
@@ -70,6 +74,7 @@ class Attention(nn.Module):
         v_TKH: Tensor,
         rotation: Rotation | None,
         inputs: AttentionInputs,
+        arrange: bool,
     ) -> Tensor:
         """The same in two launches, or three where few sequences have long contexts."""
         from longwing.kernels import paged_triton, write_triton
@@ -89,5 +94,6 @@ class Attention(nn.Module):
                 most_new=call.most_new,
                 most_context=call.most_context,
                 out_TNH=out_TNH,
+                arrange=arrange,
             )
         return out_TNH.flatten(1)

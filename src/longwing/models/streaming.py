@@ -24,7 +24,11 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from longwing.kernels import AttentionInputs, chooses_triton
+from longwing.kernels import (
+    AttentionInputs,
+    attends_in_triton,
+    chooses_triton,
+)
 from longwing.kernels.norm_fold import FoldedNorm
 from longwing.kernels.streamed import fits, stackable, stream
 from longwing.layers import Linear, Rotation
@@ -123,10 +127,10 @@ class StreamedFalconBlock(nn.Module):
         self.attention_out = StreamedLinear((attention.dense,), dtype)
         self.mlp_out = StreamedLinear((mlp.dense_4h_to_h,), dtype)
         self.out_bias = _sum_of_biases(self.attention_out, self.mlp_out) if block.parallel else None
-        # Where adapters or other ranks add to the sum, it is not yet what the next norm reads.
+        # Where adapters add to the sum, or ranks in NCCL, it is not yet what the next norm reads.
         self.ends_in_its_sum = (
             block.parallel
-            and block.group.size == 1
+            and (block.group.size == 1 or block.group.peers is not None)
             and self.attention_out.added is None
             and self.mlp_out.added is None
         )
@@ -167,7 +171,9 @@ class StreamedFalconBlock(nn.Module):
         sum_TD = hidden_TD if alone else torch.empty_like(hidden_TD)
         more_TD = hidden_TD if alone else None
         norms_D = () if self.outgoing is None else self.outgoing.norms_for(T)
-        total = wna16_triton.SumOfProducts(outs, more_TD, sum_TD, self.out_bias, norms_N=norms_D)
+        total = wna16_triton.SumOfProducts(
+            outs, more_TD, sum_TD, self.out_bias, norms_N=norms_D if alone else ()
+        )
         up_TF = hidden_TD.new_empty(T, self.up.weight.parts[0])
 
         def mlp() -> None:
@@ -186,20 +192,35 @@ class StreamedFalconBlock(nn.Module):
             side = Branch(hidden_TD.device)
             side.run(mlp)
             qkv_TO = self.qkv(for_attention_TD, norm=folded[0], beside=True, arranged=normed)
-            attended_TD = self._attend(qkv_TO, rotation, inputs)
-            total.add(0, attended_TD)
+            attended = self._attention_arranges(qkv_TO, inputs)
+            attended_TD = self._attend(qkv_TO, rotation, inputs, arrange=attended)
+            total.add(0, attended_TD, arranged=attended)
             side.join()
-        if self.outgoing is not None:
-            self.outgoing.scaled = total.scaled
         self.attention_out.finished(sum_TD, attended_TD)
         self.mlp_out.finished(sum_TD, up_TF)
-        return hidden_TD if alone else hidden_TD.add_(self.group.all_reduce(sum_TD))
+        scaled = total.scaled if alone else self.group.add_sum(hidden_TD, sum_TD, norms_D)
+        if self.outgoing is not None:
+            self.outgoing.scaled = scaled
+        return hidden_TD
 
     def _attend(
-        self, qkv_TO: Tensor, rotation: Rotation | None, inputs: AttentionInputs | None
+        self,
+        qkv_TO: Tensor,
+        rotation: Rotation | None,
+        inputs: AttentionInputs | None,
+        *,
+        arrange: bool = False,
     ) -> Tensor:
         heads_TXH = qkv_TO.unflatten(-1, (-1, self.head_dim))
-        return self.attention(*heads_TXH.split(self.heads, 1), rotation, inputs)
+        heads = heads_TXH.split(self.heads, 1)
+        return self.attention(*heads, rotation, inputs, arrange=arrange)
+
+    def _attention_arranges(self, qkv_TO: Tensor, inputs: AttentionInputs | None) -> bool:
+        """Whether attention can, and should, write in the order that the product after it wants."""
+        if inputs is None or not _arranges(self.attention_out, len(qkv_TO)):
+            return False
+        heads_TXH = qkv_TO.unflatten(-1, (-1, self.head_dim))
+        return attends_in_triton(heads_TXH, inputs.pages[self.attention.layer])
 
 
 class StreamedLlamaBlock(nn.Module):
@@ -263,7 +284,8 @@ def _add_product(hidden_TD: Tensor, linear: StreamedLinear, x_TI: Tensor, group:
     """Add x @ weight + bias to hidden: in the product's launch, or once ranks have summed it."""
     if group.size == 1:
         return linear(x_TI, more_TO=hidden_TD, out_TO=hidden_TD)
-    return hidden_TD.add_(group.all_reduce(linear(x_TI)))
+    group.add_sum(hidden_TD, linear(x_TI))
+    return hidden_TD
 
 
 def _stacked(

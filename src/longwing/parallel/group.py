@@ -9,19 +9,27 @@ that does not come (dead, hung) is noticed there, by the others' timeout, and en
 model cannot answer. On CPUs the sum raises `EngineError`. On GPUs a sum is only queued: what waits
 is NCCL's watchdog, which ends the process after the same time, and so frees its GPU; whoever
 watches the process sees it go.
+
+GPUs that reach into each other's memory add small tensors without NCCL (`peers.py`), sooner. Such a
+sum no watchdog sees, and none that a graph replays: whoever launches it watches the GPU himself
+(`engine/step_clock.py`).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import urlsplit
 
 import torch
 from torch import Tensor
 
 from longwing.errors import EngineError, RequestError
+
+if TYPE_CHECKING:  # the kernels' file, and torch.distributed, are for those who are several
+    from longwing.kernels.norm_fold import Scaled
+    from longwing.parallel.peers import Peers
 
 TIMEOUT_S = 10.0
 """How long a sum waits for the other ranks before the group counts as lost."""
@@ -35,7 +43,10 @@ class Group:
         size: how many they are.
         device: of the tensors to be summed.
         timeout_s: how long a sum waits for the others.
+        peers: what adds small tensors of GPUs; None where NCCL or gloo adds all of them.
     """
+
+    peers: "Peers | None" = None
 
     def __init__(
         self,
@@ -98,6 +109,10 @@ class Group:
                 timeout=timedelta(seconds=timeout_s),
                 device_id=group.device if on_gpu else None,
             )
+        if on_gpu:
+            from longwing.parallel.peers import Peers
+
+            group.peers = Peers.meet(group)
         return group
 
     def shard_of(self, tensor: Tensor, dim: int) -> Tensor:
@@ -118,17 +133,40 @@ class Group:
         """The sum over all ranks, in place, the same bits on each of them.
 
         On a GPU it is queued on the current stream and waits for nothing, so a CUDA graph can hold
-        it; but NCCL's watchdog sees no sum that a graph replays, so whoever replays watches itself.
+        it.
 
         Raises:
             EngineError: another rank did not come in time, or is gone.
         """
-        if self.size > 1:
+        if self.peers is not None and self.peers.takes(tensor):
+            self.peers.add(tensor)
+        elif self.size > 1:
             whole = tensor.contiguous()
             self._run("all_reduce", lambda dist: dist.all_reduce(whole))
             if whole is not tensor:
                 tensor.copy_(whole)
         return tensor
+
+    def add_sum(
+        self, hidden_TD: Tensor, part_TD: Tensor, norms_D: "Sequence[Tensor]" = ()
+    ) -> "Scaled | None":
+        """Add the sum over all ranks of their parts to hidden states that each has whole, in place.
+
+        Args:
+            hidden_TD: (T, D), written over.
+            part_TD: this rank's part of the sum; what it holds afterwards is not said.
+            norms_D: (D,) weights of the LayerNorms that follow, to be folded (`kernels/norm_fold`).
+
+        Returns:
+            What the norms' products need; None where whoever follows is to norm for itself.
+
+        Raises:
+            EngineError: as `all_reduce`.
+        """
+        if self.peers is None or not (self.peers.takes(part_TD) and hidden_TD.is_contiguous()):
+            hidden_TD.add_(self.all_reduce(part_TD))
+            return None
+        return self.peers.add(part_TD, hidden_TD, norms_D=norms_D)
 
     def all_gather(self, tensor: Tensor, dim: int) -> Tensor:
         """The ranks' tensors side by side along `dim`, in order of rank; all of one shape.
@@ -163,6 +201,7 @@ class Group:
 
     def close(self) -> None:
         """Leave the group; the others' next sum fails. Closing twice is harmless."""
+        self.peers = None
         if self.size > 1:
             import torch.distributed as dist
 

@@ -5,6 +5,9 @@ them, and cut into samples of one length; which of them are taken, a seed decide
 documents can be mixed in, each from inside one document, so that a model with extended context is
 calibrated on positions it will serve.
 
+A text is never read as special tokens, so what a chat's template puts between turns cannot be
+written in one. A document may instead be given as token ids, "input_ids", and is then taken as is.
+
 Without files the text that ships with the package is used (English prose, speeches and worked sums,
 all free of restrictions; text/README.md), so that quantising works offline.
 """
@@ -16,6 +19,7 @@ import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -71,8 +75,9 @@ def make_calibration(
 
     Args:
         tokenizer: the model's.
-        files: .txt (one document), .jsonl (a field "text" on every line) or .parquet (a column
-            "text"; needs pyarrow); none means the bundled text.
+        files: .txt (one document), .jsonl (a field "text", or "input_ids" with the tokenizer's
+            own ids, on every line) or .parquet (a column "text"; needs pyarrow); none means the
+            bundled text.
         num_samples: samples of `seqlen` tokens.
         seqlen: their length.
         num_long: further samples, of `long_seqlen` tokens, each from within one document.
@@ -101,16 +106,35 @@ def _encoded(tokenizer: Tokenizer, files: Iterable[Path], enough: int) -> list[l
     """Token ids of the documents, in order, until there are enough tokens."""
     documents: list[list[int]] = []
     count = 0
-    for text in (text for file in files for text in _documents(file)):
-        ids: list[int] = []
-        for start in range(0, len(text), _SLICE):
-            ids += tokenizer.encode(text[start : start + _SLICE], add_bos=False)
+    for document in (document for file in files for document in _documents(file)):
+        if isinstance(document, str):
+            ids = _encode(tokenizer, document)
+        else:
+            ids = _checked(tokenizer, document)
         if ids:
             documents.append(ids)
             count += len(ids)
         if count >= enough:
             break
     return documents
+
+
+def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The ids of a text, encoded slice by slice."""
+    slices = (text[start : start + _SLICE] for start in range(0, len(text), _SLICE))
+    return [token for part in slices for token in tokenizer.encode(part, add_bos=False)]
+
+
+def _checked(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
+    """Ids of a file, if the tokenizer has them all."""
+    vocab_size = tokenizer.vocab_size
+    for token in ids:
+        if not 0 <= token < vocab_size:
+            raise CalibrationError(
+                f"input_ids hold {token}, and the model's tokenizer has ids 0 to {vocab_size - 1}; "
+                "make them with this model's tokenizer"
+            )
+    return ids
 
 
 def _windows(
@@ -155,8 +179,8 @@ def _long_windows(
     return [torch.tensor(ids[at : at + long_seqlen]) for ids, at in rng.sample(starts, num_long)]
 
 
-def _documents(file: Path) -> Iterator[str]:
-    """The documents of one file, by its ending."""
+def _documents(file: Path) -> Iterator[str | list[int]]:
+    """The documents of one file, by its ending: texts, or token ids."""
     try:
         yield from _READERS[_kind(file)](file)
     except (OSError, UnicodeDecodeError, lzma.LZMAError, ValueError) as fault:
@@ -182,7 +206,7 @@ def _plain(file: Path) -> Iterator[str]:
         yield stream.read()
 
 
-def _json_lines(file: Path) -> Iterator[str]:
+def _json_lines(file: Path) -> Iterator[str | list[int]]:
     with (
         lzma.open(file, "rt", encoding="utf-8")
         if file.suffix == ".xz"
@@ -192,9 +216,18 @@ def _json_lines(file: Path) -> Iterator[str]:
             if not line.strip():
                 continue
             record = json.loads(line)
-            if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-                raise CalibrationError(f'{file}, line {number}: no field "text" with a string')
-            yield record["text"]
+            fields = record if isinstance(record, dict) else {}
+            document = fields.get("input_ids", fields.get("text"))
+            if not isinstance(document, str) and not _is_ids(document):
+                raise CalibrationError(
+                    f'{file}, line {number}: no field "text" with a string, nor "input_ids" with '
+                    "a list of token ids"
+                )
+            yield document
+
+
+def _is_ids(document: object) -> TypeGuard[list[int]]:
+    return isinstance(document, list) and all(type(token) is int for token in document)
 
 
 def _parquet(file: Path) -> Iterator[str]:
