@@ -24,6 +24,7 @@ from step import MODELS, PAGE_LEN, Bench, fill, random_model
 from longwing.engine.runner import Runner
 from longwing.kernels import StreamedWeight
 from longwing.kernels import wna16_triton as kernels
+from longwing.models.fused_norm import Handover
 
 LAYERS = 12
 """4.3 GB of weights: the L2 cache forgets each before it is read again."""
@@ -33,15 +34,12 @@ STEPS = 30
 
 WAYS: dict[str, dict[str, Any]] = {
     "as chosen": {},
-    "norms by themselves": {"folded": 0},
-    "8 chunks": {"chunks": 8},
-    "32 chunks": {"chunks": 32},
+    "norms by themselves": {"fold": False},
+    "8 chunks": {"chunks": 8, "wide_chunks": 16},
+    "32 chunks": {"chunks": 32, "wide_chunks": 64},
     "3 stages": {"stages": 3},
+    "4 stages": {"stages": 4},
     "5 stages": {"stages": 5},
-    "tiles of 256": {"panels": 8},
-    "fetch 1 ahead": {"depth": 1},
-    "fetch 2 ahead": {"depth": 2},
-    "fetch 4 ahead": {"depth": 4},
     "as chosen, again": {},
 }
 
@@ -50,31 +48,22 @@ WAYS: dict[str, dict[str, Any]] = {
 def cut(way: dict[str, Any]) -> Iterator[None]:
     """Let products be cut in another way than `choose_cut` would.
 
-    A way may say: the bounds `narrow` and `folded`; `chunks` of a narrow program; `programs` that
-    a wide launch aims at, or `wide_chunks` of each; and fields of `Cut` for launches beside others.
+    A way may say: whether norms `fold`; `chunks` of each program beside others, for up to 8 tokens,
+    and `wide_chunks`, for up to 16; and the `stages` of all.
     """
     choose = kernels.choose_cut
-    fields = {name: way[name] for name in ("stages", "panels", "registers") if name in way}
 
     def chosen(weight: StreamedWeight, num_tokens: int, *, beside: bool = False) -> kernels.Cut:
         found = choose(weight, num_tokens, beside=beside)
-        if not beside:
-            return found
-        if "wide_chunks" in way and found.wide:
-            splits = max(round(weight.words.shape[1] / way["wide_chunks"]), 1)
-            return replace(found, **fields, splits=splits)
-        return replace(found, **fields)
+        return replace(found, stages=way.get("stages", found.stages)) if beside else found
 
-    bounds = {
-        "NARROW_TOKENS": way.get("narrow"),
-        "FOLDED_TOKENS": way.get("folded"),
-        "CHUNKS_BESIDE": way.get("chunks"),
-        "WIDE_PROGRAMS": way.get("programs"),
-    }
+    bounds = {"CHUNKS_BESIDE": way.get("chunks"), "WIDE_CHUNKS_BESIDE": way.get("wide_chunks")}
     with ExitStack() as stack:
         for name, number in bounds.items():
             if number is not None:
                 stack.enter_context(patch.object(kernels, name, number))
+        if not way.get("fold", True):
+            stack.enter_context(patch.object(Handover, "norms_for", lambda *_: ()))
         stack.enter_context(patch.object(kernels, "choose_cut", chosen))
         yield
 

@@ -8,10 +8,12 @@
 # TOKENIZER: a folder with Falcon's tokenizer.json or falcon_tokenizer.json.xz.
 # Parts, all of them without any:
 #   speed   Falcon-40B, 4 bits, groups of 128, cache in bfloat16: decoding, drafts, 24,000 tokens read
-#   cap     the same weights under a hard limit of 24 GiB, 24,576 tokens, cache in 8 bits
-#   long    3 bits, groups of 128, under the same limit: 100,000 tokens and more, cache in 8 bits
+#   cap     the same weights under a hard limit of 24 GiB, 24,576 tokens and an answer
+#   long    3 bits, groups of 128, under the same limit: 100,000 tokens and more
 #   small   Falcon-7B, 4 bits, groups of 64
 #   peers   transformers in bfloat16, both shapes
+# Under the limit: symmetric groups of 128, embedding and head one tensor in bfloat16 (as Falcon has
+# them), cache in 8 bits, prompts in chunks of 1,024: of 2,048, 24,576 tokens would not fit.
 # LONGWING: the command to run, "python3 -m longwing" if unset.
 set -eu
 work=$1 tokenizer=$2 out=$3
@@ -41,11 +43,11 @@ for part in ${*:-speed cap long small peers}; do
             --only decode,drafts,prefill --tokens 16 --repeats 3 ;;
     cap)
         folder f40 falcon-40b 4 128
-        measure falcon40b-24gib f40 --gpu-memory 24GiB --kv-dtype int8 --max-batch-tokens 512 \
+        measure falcon40b-24gib f40 --gpu-memory 24GiB --kv-dtype int8 --max-batch-tokens 1024 \
             --context 24k --prompt 24000 --only decode,prefill --tokens 16 --repeats 2 ;;
     long)
         folder f40-3 falcon-40b 3 128
-        measure falcon40b-3bit-24gib f40-3 --gpu-memory 24GiB --kv-dtype int8 --max-batch-tokens 512 \
+        measure falcon40b-3bit-24gib f40-3 --gpu-memory 24GiB --kv-dtype int8 --max-batch-tokens 1024 \
             --context 1k,100000 --only decode --tokens 16 --repeats 3 ;;
     small)
         folder f7 falcon-7b 4 64

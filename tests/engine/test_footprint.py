@@ -11,7 +11,7 @@ import torch
 from longwing.engine.ceilings import measure_ceilings
 from longwing.engine.footprint import footprint, limit_device
 from longwing.errors import CapacityError
-from longwing.plan import RUNTIME_BYTES
+from longwing.plan import CONTEXT_BYTES
 
 CPU = torch.device("cpu")
 MIB = 2**20
@@ -51,8 +51,20 @@ def test_ceilings_of_this_machine_are_measured(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_limit_below_what_a_process_takes_is_refused() -> None:
-    with pytest.raises(CapacityError, match="before its first tensor"):
-        limit_device(torch.device("cuda"), RUNTIME_BYTES)
+    with pytest.raises(CapacityError, match="beside its tensors"):
+        limit_device(torch.device("cuda"), CONTEXT_BYTES + MIB, graphs=MIB)
+
+
+def test_tensors_may_take_what_context_and_graphs_leave(monkeypatch: pytest.MonkeyPatch) -> None:
+    total, told = 140 * 2**30, []
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (total, total))
+    monkeypatch.setattr(
+        torch.cuda, "set_per_process_memory_fraction", lambda *given: told.append(given)
+    )
+    limit_device(torch.device("cuda", 1), 24 * 2**30, graphs=68 * MIB)
+    ((share, index),) = told
+    assert share * total + CONTEXT_BYTES + 68 * MIB == pytest.approx(24 * 2**30, abs=1)
+    assert index == 1
 
 
 @pytest.fixture
@@ -68,7 +80,7 @@ def _unlimited_again() -> Iterator[None]:
 def test_an_allocation_beyond_the_limit_fails() -> None:
     device = torch.device("cuda")
     torch.cuda.empty_cache()
-    limit_device(device, torch.cuda.memory_reserved() + RUNTIME_BYTES + 512 * MIB)
+    limit_device(device, torch.cuda.memory_reserved() + CONTEXT_BYTES + 512 * MIB)
     held = torch.empty(400 * MIB, dtype=torch.uint8, device=device)
     with pytest.raises(torch.OutOfMemoryError):
         torch.empty(400 * MIB, dtype=torch.uint8, device=device)

@@ -4,7 +4,6 @@ Interpreted on a CPU, or on a GPU.
 """
 
 import os
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -56,7 +55,7 @@ def _sum(hidden_TD: Tensor, norms: list[Tensor], num_products: int = 2) -> tuple
     return out_TD, total.scaled
 
 
-@pytest.mark.parametrize("num_tokens", [1, 3, 11])
+@pytest.mark.parametrize("num_tokens", [1, 3, 8])
 @pytest.mark.parametrize("shift", [0.0, 3.0])
 def test_products_around_a_folded_norm_are_those_of_the_norm(num_tokens: int, shift: float) -> None:
     D, N = 320, 200  # neither fills its last tile
@@ -82,16 +81,16 @@ def test_products_around_a_folded_norm_are_those_of_the_norm(num_tokens: int, sh
 def test_a_token_alone_and_among_others_is_the_same_to_the_last_bit() -> None:
     D, N = 256, 72
     weight_D, packed = _numbers(D, seed=1) * 0.2 + 1, _weight(D, N, seed=3)
-    hidden_TD = _numbers(9, D, seed=5)
+    hidden_TD = _numbers(8, D, seed=5)
     level_N, bias_N = through(packed, weight_D, weight_D)
     results = []
-    for rows in (slice(0, 1), slice(0, 5), slice(0, 9)):
+    for rows in (slice(0, 1), slice(0, 5), slice(0, 8)):
         parts = [_weight(128, D, seed=10 + i) for i in range(2)]
         out_TD = hidden_TD[rows].clone()
         weights = [stream([part], NUMBER) for part in parts]
         total = triton.SumOfProducts(weights, out_TD, out_TD, norms_N=[weight_D])
         for index in range(2):
-            total.add(index, _numbers(9, 128, seed=20 + index)[rows])
+            total.add(index, _numbers(8, 128, seed=20 + index)[rows])
         scaled = total.scaled
         norm = FoldedNorm(stats_ST2=scaled.stats_ST2, level_N=level_N, eps=EPS)
         got_TN = triton.packed_matmul(
@@ -116,34 +115,11 @@ def test_what_the_norm_needs_is_made_by_a_product_alone_too() -> None:
 def test_a_norm_of_many_tokens_is_not_folded() -> None:
     packed = _weight(256, 64, seed=1)
     norm = FoldedNorm(
-        stats_ST2=torch.zeros(2, 17, 2, device=DEVICE),
+        stats_ST2=torch.zeros(2, 9, 2, device=DEVICE),
         level_N=torch.zeros(64, device=DEVICE),
         eps=EPS,
     )
-    with pytest.raises(ValueError, match=r"17 tokens; it is for 16 at most"):
-        triton.packed_matmul(_numbers(17, 256, seed=1), stream([packed], NUMBER), norm=norm)
+    with pytest.raises(ValueError, match=r"9 tokens; it is for 8 at most"):
+        triton.packed_matmul(_numbers(9, 256, seed=1), stream([packed], NUMBER), norm=norm)
     with pytest.raises(ValueError, match="3 norms of one token"):
         _sum(_numbers(1, 64, seed=1), [_numbers(64, seed=1)] * 3)
-
-
-def test_tiles_of_256_outputs_give_what_tiles_of_128_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    D, N = 512, 256
-    weight_D, packed = _numbers(D, seed=1) * 0.2 + 1, _weight(D, N, seed=3)
-    level_N, bias_N = through(packed, weight_D, weight_D)
-    hidden_TD, choose, results = _numbers(2, D, seed=5), triton.choose_cut, []
-    for panels in (4, 8):
-
-        def chosen(*args: Any, panels: int = panels, **kinds: Any) -> Any:
-            return replace(choose(*args, **kinds), panels=panels)
-
-        monkeypatch.setattr(triton, "choose_cut", chosen)
-        out_TD, scaled = _sum(hidden_TD, [weight_D])
-        assert len(scaled.stats_ST2) == D // 32 // panels
-        norm = FoldedNorm(stats_ST2=scaled.stats_ST2, level_N=level_N, eps=EPS)
-        got_TN = triton.packed_matmul(
-            scaled.scaled_XTD[0], stream([packed], NUMBER), norm=norm, bias_N=bias_N
-        )
-        results.append((out_TD, scaled.scaled_XTD, got_TN))
-    assert torch.equal(results[0][0], results[1][0])
-    assert torch.equal(results[0][1], results[1][1])
-    assert torch.allclose(results[0][2], results[1][2], rtol=2e-3, atol=2e-3)

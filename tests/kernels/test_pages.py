@@ -129,6 +129,18 @@ def test_allocated_bytes_are_a_vector_for_each_key_and_value(dtype: str, vector:
     assert KVPages.allocate(3, 4, K, H, dtype).nbytes == 2 * 3 * 4 * K * vector
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_what_one_layer_keeps_no_other_sees(dtype: str) -> None:
+    first, second, third = KVPages.allocate_layers(3, 2, 4, K, H, dtype)
+    one_TKH = torch.ones(8, K, H)
+    write_kv(one_TKH, -one_TKH, second, torch.arange(8))
+    for layer in (first, third):
+        assert not any(x.any() for x in layer.read(slice(0, 2), torch.bfloat16))
+    keys, values = second.read(slice(0, 2), torch.bfloat16)
+    assert (keys == 1).all()
+    assert (values == -1).all()
+
+
 def test_unknown_cache_type_is_refused_and_told_the_known_ones() -> None:
     with pytest.raises(ValueError, match=r"int4.*float32, float16, bfloat16, int8"):
         KVPages.allocate(1, 1, 1, 1, "int4")

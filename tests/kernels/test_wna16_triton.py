@@ -115,30 +115,17 @@ def test_splitting_the_inputs_changes_no_more_than_the_order_of_sums(num_tokens:
     streamed, x_TK = stream([weight], torch.float16), _inputs(num_tokens, 384)
     tokens = {1: 8, 16: 16, 20: 32}[num_tokens]
     for splits in (1, 2, 3):
-        cut = Cut(tokens=tokens, splits=splits, stages=2, wide=tokens > 16)
+        cut = Cut(tokens=tokens, splits=splits, stages=2)
         for _ in range(2):  # the first launch leaves the arrivals as it found them
             _assert_product(triton.packed_matmul(x_TK, streamed, cut), x_TK, weight)
         assert not streamed.arrivals.any()
 
 
-@pytest.mark.parametrize("num_tokens", [1, 7, 16, 20, 64])
-@pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("group_size", [32, 64, 128, 384])
-def test_every_way_to_cut_a_product_gives_it(num_tokens: int, bits: int, group_size: int) -> None:
-    weight = _weight(bits, 384, 256, group_size, symmetric=False)
-    streamed, x_TK = stream([weight], torch.float16), _inputs(num_tokens, 384)
-    tokens = next(tokens for tokens in (8, 16, 32, 64) if num_tokens <= tokens)
-    for panels in (4, 8):
-        for wide in {tokens > 16, tokens > 8}:
-            cut = Cut(tokens=tokens, splits=2, stages=2, panels=panels, wide=wide)
-            _assert_product(triton.packed_matmul(x_TK, streamed, cut), x_TK, weight)
-
-
 def test_a_row_is_the_same_alone_and_in_a_batch() -> None:
     streamed = stream([_weight(4, 256, 128)], torch.float16)
-    x_TK = _inputs(16, 256)
+    x_TK = _inputs(8, 256)
     together_TN = triton.packed_matmul(x_TK, streamed)
-    for rows in (slice(0, 1), slice(9, 10), slice(3, 11), slice(3, 16)):
+    for rows in (slice(0, 1), slice(7, 8), slice(3, 6), slice(1, 8)):
         assert torch.equal(triton.packed_matmul(x_TK[rows], streamed), together_TN[rows])
 
 
@@ -231,13 +218,13 @@ def test_a_sum_of_products_is_whole_whichever_comes_last(num_tokens: int, backwa
         assert error < 3 * ROUNDING[torch.float16]
 
 
-@pytest.mark.parametrize("num_tokens", [16, 17, 64])
+@pytest.mark.parametrize("num_tokens", [8, 9, 64])
 def test_inputs_may_be_written_in_the_order_that_many_tokens_take(num_tokens: int) -> None:
     first, second = _weight(4, 256, 128, seed=1), _weight(4, 128, 40, seed=2)
     one, other = stream([first], torch.float16), stream([second], torch.float16)
     x_TK = _inputs(num_tokens, 256)
     arrange = triton.arranges(other, num_tokens)
-    assert arrange == (num_tokens > 16)
+    assert arrange == (num_tokens > 8)
     assert not triton.arranges(stream([_weight(4, 256, 8, act_order=True)], torch.float16), 30)
     plain_TN = triton.packed_matmul(triton.packed_matmul(x_TK, one, act="gelu"), other)
     between_TN = triton.packed_matmul(x_TK, one, act="gelu", arrange=arrange)

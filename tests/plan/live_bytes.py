@@ -11,6 +11,10 @@ class LiveBytes(TorchDispatchMode):
     """Counts every storage that an operation makes, until it is let go.
 
     What a kernel uses inside one operation is not seen.
+
+    Attributes:
+        now: bytes at present.
+        peak: the most so far.
     """
 
     def __init__(self) -> None:
@@ -29,6 +33,11 @@ class LiveBytes(TorchDispatchMode):
                 self.peak = max(self.peak, self.now)
                 weakref.finalize(storage, self._let_go, key)
         return out
+
+    @property
+    def pieces(self) -> list[int]:
+        """Bytes of every storage at present."""
+        return list(self._sizes.values())
 
     def _let_go(self, key: int) -> None:
         self.now -= self._sizes.pop(key)

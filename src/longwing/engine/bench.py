@@ -35,7 +35,7 @@ from longwing.engine.status import EngineInfo
 from longwing.engine.warmup import warm_up
 from longwing.errors import CapacityError, EngineError, RequestError
 from longwing.models import DTYPES, find_device
-from longwing.plan import Plan, decode_bound, plan, prefill_bound
+from longwing.plan import Plan, decode_bound, graphs_bytes, plan, prefill_bound
 
 _QUOTED_NGRAM = 4
 """An answer's token is a quotation if it ends so many tokens that stand in the prompt in a row."""
@@ -107,17 +107,17 @@ class Bench:
         word = folder.config.dtype if options.dtype == "auto" else options.dtype
         on_gpu = device.type == "cuda"
         dtype = DTYPES.get(word, torch.bfloat16) if on_gpu else torch.float32
+        most = max(spec.batches, default=1)
+        if options.max_sequences != EngineOptions.max_sequences:
+            most = max(most, options.max_sequences)
         if on_gpu and options.memory is not None:
-            limit_device(device, options.memory)
+            limit_device(device, options.memory, graphs=graphs_bytes(folder.config, most))
         ceilings = measure_ceilings(device, dtype)
         if on_gpu:
             torch.cuda.reset_peak_memory_stats(device)
         forget_host_peak()
         # A page beyond the room: the scheduler keeps one free for each sequence at work.
         context = max(spec.longest, options.context or 0) + 2 * (options.page_len or 128)
-        most = max(spec.batches, default=1)
-        if options.max_sequences != EngineOptions.max_sequences:
-            most = max(most, options.max_sequences)
         options = replace(options, context=context, max_sequences=most)
         began = time.perf_counter()
         engine, info = load_engine(path, options, progress=progress)

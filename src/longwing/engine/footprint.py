@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from longwing.errors import CapacityError
-from longwing.plan import RUNTIME_BYTES, format_size
+from longwing.plan import CONTEXT_BYTES, format_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,22 +51,28 @@ def footprint(device: torch.device) -> Footprint:
     )
 
 
-def limit_device(device: torch.device, memory: int) -> None:
+def limit_device(device: torch.device, memory: int, *, graphs: int = 0) -> None:
     """Let no allocation of this process go beyond `memory` bytes of a GPU: it fails instead.
 
     PyTorch's limit is on its own allocator; what the process takes beside it is set aside as plans
-    do (RUNTIME_BYTES).
+    do: CONTEXT_BYTES, and the graphs.
+
+    Args:
+        device: the GPU.
+        memory: bytes for all.
+        graphs: of them, for the CUDA graphs that will be recorded (`plan.graphs_bytes`).
 
     Raises:
-        CapacityError: not even that fits.
+        CapacityError: not even what is set aside fits.
     """
-    if memory <= RUNTIME_BYTES:
+    beside = CONTEXT_BYTES + graphs
+    if memory <= beside:
         raise CapacityError(
-            f"{format_size(memory)} of GPU memory is no more than the "
-            f"{format_size(RUNTIME_BYTES)} that a process takes before its first tensor; allow more"
+            f"{format_size(memory)} of GPU memory is no more than the {format_size(beside)} that "
+            "a process takes for context, kernels and graphs, beside its tensors; allow more"
         )
     _, total = torch.cuda.mem_get_info(device)
-    share = min((memory - RUNTIME_BYTES) / total, 1.0)
+    share = min((memory - beside) / total, 1.0)
     index = torch.cuda.current_device() if device.index is None else device.index
     torch.cuda.set_per_process_memory_fraction(share, index)
 

@@ -131,6 +131,7 @@ def load_part(
     if device.type == "cpu":
         return prepare(model, options.cpu_weights)
     stream_weights(model)
+    torch.cuda.empty_cache()  # What laying out has left behind, before the pages come.
     return model
 
 
@@ -264,7 +265,8 @@ def pages_that_fit(folder: ModelFolder, options: EngineOptions, device: torch.de
             f"{folder.path.name} and its workspace take {format_size(beside)}{part}, which leaves "
             f"{format_size(max(room, 0))} for the cache; {needed * options.page_len:,} tokens of "
             f"it take {format_size(needed * page_bytes)}; "
-            "use a shorter context, fewer bits, kv_dtype int8 or more memory"
+            "use a shorter context, a smaller max_batch_tokens, fewer bits, kv_dtype int8 or more "
+            "memory"
         )
     return num_pages
 

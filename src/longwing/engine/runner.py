@@ -67,16 +67,14 @@ class Runner:
         self.num_pages = num_pages
         self.page_len = page_len
         config = model.config
-        self.pages = tuple(
-            KVPages.allocate(
-                num_pages,
-                page_len,
-                model.num_kv_heads,
-                config.head_dim,
-                dtype=kv_dtype,
-                device=model.device,
-            )
-            for _ in range(config.num_layers)
+        self.pages = KVPages.allocate_layers(
+            config.num_layers,
+            num_pages,
+            page_len,
+            model.num_kv_heads,
+            config.head_dim,
+            dtype=kv_dtype,
+            device=model.device,
         )
         self._rotations = Rotations(model.rotary) if model.device.type == "cuda" else None
         self.graphs: DecodeGraphs | None = None

@@ -3,7 +3,7 @@
 
 The layout, and the words cell, lane, pair and chunk, are `streamed.py`'s.
 
-Shape key: T tokens, K in features, N out features, R panels of 32 outputs in a tile.
+Shape key: T tokens, K in features, N out features, R panels of 32 outputs in a tile (one a warp).
 Names of blocks: `q` whole numbers, (R, 128 lanes and words, h, then the four bits of the pair);
 `w` the same as an operand, (32 R, inputs); `sums` (32 R, tokens) float32.
 
@@ -21,9 +21,6 @@ import triton
 import triton.language as tl
 
 from longwing.kernels.fused_device import activate, arranged
-
-WARPS = tl.constexpr(4)
-"""Of a program; a warp takes every fourth panel of its tile."""
 
 
 @triton.jit
@@ -164,8 +161,7 @@ def _row_scales(row_ptr, panel, R: tl.constexpr):
     at = row_ptr + panel[:, :, None, None] * 32
     at += tl.arange(0, 8)[None, :, None, None] * 4 + tl.arange(0, 4)[None, None, None, :]
     scales = tl.load(tl.broadcast_to(at, (R, 8, 4, 4))).to(tl.float32)
-    by_warp = scales.reshape(R // WARPS, WARPS, 8, 4, 2, 2).permute(0, 4, 1, 5, 2, 3)
-    return by_warp.reshape(R * 32, 4)
+    return scales.reshape(R, 8, 4, 2, 2).permute(3, 0, 4, 1, 2).reshape(R * 32, 4)
 
 
 @triton.jit
@@ -219,20 +215,20 @@ def _chunk(
 
 @triton.jit
 def _operand(q, R: tl.constexpr, width: tl.constexpr, wide: tl.constexpr):
-    """(32 R, width), rows as the tensor cores take them: 16 of each warp, 16 more, the next panels.
+    """(32 R, width), rows as the tensor cores take them: 16 of each warp, then 16 more of each.
 
     Inputs in their natural order, as mma.sync wants two pairs of a lane side by side; or `wide`,
     with t and u exchanged, as wgmma wants them.
     """
     if width == 128:
-        q = q.reshape(R // WARPS, WARPS, 8, 4, 2, 2, 2, 2, 2, 2, 2)
-        q = q.permute(0, 4, 1, 5, 2, 10, 9, 8, 7 if wide else 3, 3 if wide else 7, 6)
+        q = q.reshape(R, 8, 4, 2, 2, 2, 2, 2, 2, 2)
+        q = q.permute(3, 0, 4, 1, 9, 8, 7, 6 if wide else 2, 2 if wide else 6, 5)
     elif width == 64:
-        q = q.reshape(R // WARPS, WARPS, 8, 4, 2, 2, 2, 2, 2, 2)
-        q = q.permute(0, 4, 1, 5, 2, 9, 8, 7 if wide else 3, 3 if wide else 7, 6)
+        q = q.reshape(R, 8, 4, 2, 2, 2, 2, 2, 2)
+        q = q.permute(3, 0, 4, 1, 8, 7, 6 if wide else 2, 2 if wide else 6, 5)
     else:
-        q = q.reshape(R // WARPS, WARPS, 8, 4, 2, 2, 2, 2, 2)
-        q = q.permute(0, 4, 1, 5, 2, 8, 7 if wide else 3, 3 if wide else 7, 6)
+        q = q.reshape(R, 8, 4, 2, 2, 2, 2, 2)
+        q = q.permute(3, 0, 4, 1, 7, 6 if wide else 2, 2 if wide else 6, 5)
     return q.reshape(R * 32, width)
 
 
@@ -240,8 +236,7 @@ def _operand(q, R: tl.constexpr, width: tl.constexpr, wide: tl.constexpr):
 def _rows(tile, R: tl.constexpr):
     """(32 R,) the output that each row of an operand is."""
     row = tl.arange(0, 32 * R)
-    panel = row // (32 * WARPS) * WARPS + row // 16 % WARPS
-    return tile * (32 * R) + panel * 32 + row // (16 * WARPS) % 2 * 16 + row % 16
+    return tile * (32 * R) + row // 16 % R * 32 + row // (16 * R) * 16 + row % 16
 
 
 @triton.jit
@@ -254,34 +249,8 @@ def _scaled(sums, scales):
 
 
 @triton.jit
-def _add(
-    sums,
-    w,
-    scales,
-    x_ptr,
-    t,
-    T,
-    k,
-    K,
-    width: tl.constexpr,
-    even: tl.constexpr,
-    grouped: tl.constexpr,
-):
-    """Sums plus the products over inputs k to k + width, scaled unless one scale serves all."""
-    inputs = k + tl.arange(0, width)[:, None]
-    valid = (t < T)[None, :]
-    at = x_ptr + t.to(tl.int64)[None, :] * K + inputs
-    x = tl.load(at, mask=valid if even else valid & (inputs < K), other=0.0)
-    if grouped:
-        return sums + _scaled(tl.dot(w, x), scales)
-    else:
-        return tl.dot(w, x, sums)
-
-
-@triton.jit
 def _add_group(
-    a,
-    b,
+    sums,
     q,
     x_ptr,
     t,
@@ -292,18 +261,21 @@ def _add_group(
     panel,
     R: tl.constexpr,
     width: tl.constexpr,
-    pair: tl.constexpr,
     wide: tl.constexpr,
     even: tl.constexpr,
     grouped: tl.constexpr,
 ):
-    """One group of inputs, for one or two blocks of tokens: the weights are unpacked once."""
+    """Sums plus the products over inputs k to k + width, scaled unless one scale serves all."""
     w = _operand(q, R, width, wide)
-    scales = _row_scales(row_ptr, panel, R) if grouped else 1.0
-    a = _add(a, w, scales, x_ptr, t, T, k, K, width, even, grouped)
-    if pair:
-        b = _add(b, w, scales, x_ptr, t + 8, T, k, K, width, even, grouped)
-    return a, b
+    scales = _row_scales(row_ptr, panel, R) if grouped else 1.0  # on its way before the product is
+    inputs = k + tl.arange(0, width)[:, None]
+    valid = (t < T)[None, :]
+    at = x_ptr + t.to(tl.int64)[None, :] * K + inputs
+    x = tl.load(at, mask=valid if even else valid & (inputs < K), other=0.0)
+    if grouped:
+        return sums + _scaled(tl.dot(w, x), scales)
+    else:
+        return tl.dot(w, x, sums)
 
 
 @triton.jit
@@ -462,7 +434,6 @@ def multiply(
     split_up: tl.constexpr,
     R: tl.constexpr,
     tokens: tl.constexpr,
-    pair: tl.constexpr,
     wide: tl.constexpr,
     stages: tl.constexpr,
 ):
@@ -488,19 +459,15 @@ def multiply(
     - lone: T is 1; what the splits left is added by all lanes, many loads at once.
     - groups: scales of a row in a cell: 1, 2 or 4; 0 where one scale serves all inputs.
     - even: K is a multiple of 128.
-    - pair: `tokens` is 16, taken as two blocks of 8.
     """
     tile, split, block_T = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     splits = tl.num_programs(1)
     panel = tile * R + tl.arange(0, R)[:, None]
     width: tl.constexpr = 128 // max(groups, 1)
-    grouped: tl.constexpr = groups > 0
-    block: tl.constexpr = 8 if pair else tokens
-    t = block_T * tokens + tl.arange(0, block)
+    t = block_T * tokens + tl.arange(0, tokens)
     if tile * (32 * R) >= second_from:
         x_ptr += T.to(tl.int64) * K
-    a = tl.zeros((32 * R, block), tl.float32)
-    b = a
+    sums = tl.zeros((32 * R, tokens), tl.float32)
     for c in tl.range(chunks * split // splits, chunks * (split + 1) // splits, num_stages=stages):
         g = c // chunks_per_group * max(groups, 1)
         q = _chunk(
@@ -509,39 +476,35 @@ def multiply(
         k = c * 128
         s = scales_ptr + g * N
         if groups < 2:
-            a, b = _add_group(
-                a, b, q, x_ptr, t, T, k, K, s, panel, R, width, pair, wide, even, grouped
+            sums = _add_group(
+                sums, q, x_ptr, t, T, k, K, s, panel, R, width, wide, even, groups > 0
             )
         elif groups == 2:
             q0, q1 = tl.split(q)
-            a, b = _add_group(a, b, q0, x_ptr, t, T, k, K, s, panel, R, 64, pair, wide, even, True)
+            sums = _add_group(sums, q0, x_ptr, t, T, k, K, s, panel, R, 64, wide, even, True)
             k += 64
             s += N
-            a, b = _add_group(a, b, q1, x_ptr, t, T, k, K, s, panel, R, 64, pair, wide, even, True)
+            sums = _add_group(sums, q1, x_ptr, t, T, k, K, s, panel, R, 64, wide, even, True)
         else:
             low, high = tl.split(q)
             q0, q1 = tl.split(low)
             q2, q3 = tl.split(high)
-            a, b = _add_group(a, b, q0, x_ptr, t, T, k, K, s, panel, R, 32, pair, wide, even, True)
+            sums = _add_group(sums, q0, x_ptr, t, T, k, K, s, panel, R, 32, wide, even, True)
             k += 32
             s += N
-            a, b = _add_group(a, b, q1, x_ptr, t, T, k, K, s, panel, R, 32, pair, wide, even, True)
+            sums = _add_group(sums, q1, x_ptr, t, T, k, K, s, panel, R, 32, wide, even, True)
             k += 32
             s += N
-            a, b = _add_group(a, b, q2, x_ptr, t, T, k, K, s, panel, R, 32, pair, wide, even, True)
+            sums = _add_group(sums, q2, x_ptr, t, T, k, K, s, panel, R, 32, wide, even, True)
             k += 32
             s += N
-            a, b = _add_group(a, b, q3, x_ptr, t, T, k, K, s, panel, R, 32, pair, wide, even, True)
-    if not grouped:
-        scales = _row_scales(scales_ptr, panel, R)
-        a = _scaled(a, scales)
-        b = _scaled(b, scales)
+            sums = _add_group(sums, q3, x_ptr, t, T, k, K, s, panel, R, 32, wide, even, True)
+    if groups == 0:
+        sums = _scaled(sums, _row_scales(scales_ptr, panel, R))
     n = _rows(tile, R)
     if split_up:
         left_ptr = partial_ptr + (first_split + split) * (T.to(tl.int64) * N)
-        _leave(a, n, t, T, N, left_ptr)
-        if pair:
-            _leave(b, n, t + 8, T, N, left_ptr)
+        _leave(sums, n, t, T, N, left_ptr)
         # All lanes of this program have stored before one of them counts it.
         tl.debug_barrier()
         arrival = arrivals_ptr + block_T * tl.num_programs(0) + tile
@@ -549,34 +512,25 @@ def multiply(
             tl.debug_barrier()
             # In their natural order neighbours are read, and written, by one lane.
             own_n = n if wide else tile * (32 * R) + tl.arange(0, 32 * R)
+            own_t = tl.arange(0, 1) if lone else t
             at_once: tl.constexpr = 1 if wide else (16 if lone else 8)
-            for i in tl.static_range(2 if pair else 1):
-                own_t = tl.arange(0, 1) if lone else t + 8 * i
-                sums = _merged(own_n, own_t, T, N, all_splits, partial_ptr, at_once)
-                _give(
-                    sums, own_n, own_t, T, K, tile, out_width,
-                    stats_ptr, level_ptr, eps, input_tiles,
-                    bias_ptr, more_ptr, more_stride, out_ptr, out_stride,
-                    norm_ptr, second_norm_ptr, scaled_ptr, next_stats_ptr,
-                    number, act, arrange, STATS_BLOCK,
-                )  # fmt: skip
-            tl.store(arrival, 0)
-    else:
-        _give(
-            a, n, t, T, K, tile, out_width,
-            stats_ptr, level_ptr, eps, input_tiles,
-            bias_ptr, more_ptr, more_stride, out_ptr, out_stride,
-            norm_ptr, second_norm_ptr, scaled_ptr, next_stats_ptr,
-            number, act, arrange, STATS_BLOCK,
-        )  # fmt: skip
-        if pair:
+            merged = _merged(own_n, own_t, T, N, all_splits, partial_ptr, at_once)
             _give(
-                b, n, t + 8, T, K, tile, out_width,
+                merged, own_n, own_t, T, K, tile, out_width,
                 stats_ptr, level_ptr, eps, input_tiles,
                 bias_ptr, more_ptr, more_stride, out_ptr, out_stride,
                 norm_ptr, second_norm_ptr, scaled_ptr, next_stats_ptr,
                 number, act, arrange, STATS_BLOCK,
             )  # fmt: skip
+            tl.store(arrival, 0)
+    else:
+        _give(
+            sums, n, t, T, K, tile, out_width,
+            stats_ptr, level_ptr, eps, input_tiles,
+            bias_ptr, more_ptr, more_stride, out_ptr, out_stride,
+            norm_ptr, second_norm_ptr, scaled_ptr, next_stats_ptr,
+            number, act, arrange, STATS_BLOCK,
+        )  # fmt: skip
 
 
 @triton.jit

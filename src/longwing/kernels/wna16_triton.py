@@ -10,9 +10,9 @@ them dense and leave the rest to cuBLAS. In between, tiles of 64 tokens stream t
 tile. What cuts a launch up is taken from shapes alone: nothing is tried out or read back at run
 time, so every launch can be captured in a CUDA graph.
 
-What is the same to the last bit: a row alone and in any batch of up to 16 tokens; any run and the
-next. Between up to 16, up to 256 and more tokens, sums differ as float32 sums in another order do,
-and so do norms that are folded in for up to 16 (`norm_fold.py`).
+What is the same to the last bit: a row alone and in any batch of up to 8 tokens; any run and the
+next. Between up to 8, 16, 32, 256 and more tokens, sums differ as float32 sums in another order do,
+and so do norms that are folded in for up to 8 (`norm_fold.py`).
 """
 
 import math
@@ -35,13 +35,10 @@ from longwing.kernels.streamed import (
     TOKEN_TILES,
     StreamedWeight,
 )
-from longwing.kernels.wna16_device import WARPS, make_dense, multiply
+from longwing.kernels.wna16_device import make_dense, multiply
 
-NARROW_TOKENS = 16
-"""Up to here mma.sync takes tokens in blocks of 8; above, wgmma takes 32 or 64."""
-
-FOLDED_TOKENS = 16
-"""Up to here norms are folded into products; at most NARROW_TOKENS."""
+NARROW_TOKENS = 8
+"""Up to here mma.sync takes all tokens as one block; above, wgmma takes 16, 32 or 64."""
 
 STREAM_TOKENS = 256
 """Above this a dense slice and cuBLAS are faster (measured on an H200, bench/kernels.py)."""
@@ -51,6 +48,9 @@ NARROW_PROGRAMS = 528
 
 CHUNKS_BESIDE = 16
 """Chunks of inputs for each program of a narrow launch that runs beside others."""
+
+WIDE_CHUNKS_BESIDE = 32
+"""The same for tiles of 16 tokens (bench/cuts.py: 135.6 us a block of Falcon-40B, 145 by 16)."""
 
 WIDE_PROGRAMS = 264
 """Wide programs that run at once: two on each multiprocessor, by their registers."""
@@ -72,21 +72,19 @@ class Cut:
     """How a launch is cut up.
 
     Attributes:
-        tokens: columns of a program's tile: 8 or 16 narrow, 32 or 64 wide.
+        tokens: columns of a program's tile: 8 narrow, 16, 32 or 64 wide.
         splits: programs that share a tile's inputs.
         stages: chunks in flight for each program.
-        panels: of 32 outputs in a tile, one or two for each warp: 4 or 8. More share a read of the
-            inputs.
-        wide: by wgmma rather than mma.sync; at 16 tokens there is a choice.
-        registers: for a thread at most; None for what the compiler likes.
     """
 
     tokens: int
     splits: int
     stages: int
-    panels: int = TILE_OUT // CELL_OUT
-    wide: bool = False
-    registers: int | None = None
+
+    @property
+    def wide(self) -> bool:
+        """Whether the tile is multiplied by wgmma, rather than by mma.sync."""
+        return self.tokens > NARROW_TOKENS
 
 
 def packed_matmul(
@@ -233,19 +231,19 @@ def choose_cut(weight: StreamedWeight, num_tokens: int, *, beside: bool = False)
     """
     tiles, chunks = weight.starts[-1] // TILE_OUT, weight.words.shape[1]
     if num_tokens <= NARROW_TOKENS and beside:
-        stages = 4 if num_tokens <= 8 else 3
-        splits = max(round(chunks / CHUNKS_BESIDE), 1)
-        return Cut(tokens=8 if num_tokens <= 8 else 16, splits=splits, stages=stages)
+        return Cut(tokens=8, splits=max(round(chunks / CHUNKS_BESIDE), 1), stages=4)
     if num_tokens <= NARROW_TOKENS:
-        splits = min(max(round(NARROW_PROGRAMS / tiles), 1), chunks)
-        return Cut(tokens=8 if num_tokens <= 8 else 16, splits=splits, stages=3)
-    tokens = 16 if num_tokens <= 16 else 32 if num_tokens <= 32 else 64
+        return Cut(tokens=8, splits=min(max(round(NARROW_PROGRAMS / tiles), 1), chunks), stages=3)
+    tokens = next((tokens for tokens in (16, 32) if num_tokens <= tokens), 64)
+    stages = 5 if tokens <= 32 else 3
     token_tiles = triton.cdiv(num_tokens, tokens)
     if token_tiles > TOKEN_TILES:
-        return Cut(tokens=tokens, splits=1, stages=3, wide=True)
+        return Cut(tokens=tokens, splits=1, stages=stages)
+    if tokens == 16 and beside:
+        return Cut(tokens=16, splits=max(round(chunks / WIDE_CHUNKS_BESIDE), 1), stages=stages)
     programs = tiles * token_tiles
     splits = min(range(1, min(chunks, 8) + 1), key=lambda splits: _waves(programs, splits))
-    return Cut(tokens=tokens, splits=splits, stages=3, wide=True)
+    return Cut(tokens=tokens, splits=splits, stages=stages)
 
 
 def _waves(programs: int, splits: int) -> float:
@@ -278,7 +276,7 @@ def dequantize(weight: StreamedWeight, start: int = 0, stop: int | None = None) 
             groups=groups,
             sym=weight.zeros is None,
             R=TILE_OUT // CELL_OUT,
-            num_warps=WARPS.value,
+            num_warps=TILE_OUT // CELL_OUT,
         )
     return dense_NK
 
@@ -319,7 +317,7 @@ class SumOfProducts:
         if self._streams:
             self._cuts = [choose_cut(weight, len(out_TN), beside=True) for weight in weights]
             if norms_N:
-                self.scaled = Scaled.like(out_TN, norms_N, self._cuts[0].panels * CELL_OUT)
+                self.scaled = Scaled.like(out_TN, norms_N, TILE_OUT)
             self._starts = [0, *accumulate(cut.splits for cut in self._cuts)]
             shape = (self._starts[-1], len(out_TN), weights[0].starts[-1])
             self._partial = out_TN.new_empty(shape, dtype=torch.float32)
@@ -335,13 +333,7 @@ class SumOfProducts:
         if kind is not None and self._streams:
             self.weights[0].arrivals.zero_()
 
-    def add(
-        self,
-        index: int,
-        x_TK: Tensor,
-        *,
-        arranged: bool = False,
-    ) -> None:
+    def add(self, index: int, x_TK: Tensor, *, arranged: bool = False) -> None:
         """The product of a weight, by its place among them, and its input; see `packed_matmul`."""
         weight = self.weights[index]
         _check_input(x_TK, weight)
@@ -394,8 +386,6 @@ def _launch(
     x = x.contiguous()
     T, K = x.shape[-2:]
     N, chunks = weight.starts[-1], weight.words.shape[1]
-    if N % (cut.panels * CELL_OUT):
-        raise ValueError(f"tiles of {cut.panels * CELL_OUT} outputs do not divide {N}")
     groups, chunks_per_group = _groups(weight)
     more_stride = 0 if after.more_TN is None else after.more_TN.stride(0)
     norm, scaled = after.norm, after.scaled
@@ -406,7 +396,7 @@ def _launch(
     norms = (None, None) if scaled is None else (*scaled.weights_D, None)[:2]
     to = (None, None) if scaled is None else (scaled.scaled_XTD, scaled.stats_ST2)
     with torch.cuda.device_of(x):
-        multiply[(N // (cut.panels * CELL_OUT), cut.splits, triton.cdiv(T, cut.tokens))](
+        multiply[(N // (TILE_OUT), cut.splits, triton.cdiv(T, cut.tokens))](
             *(x, weight.words, weight.scales_GN, _zeros(weight)),
             *(stats, level_N, after.bias_N, after.more_TN, out_TN, *norms, *to),
             *(shared.partial, shared.arrivals),
@@ -423,13 +413,11 @@ def _launch(
             lone=T == 1,
             STATS_BLOCK=triton.next_power_of_2(input_tiles),
             split_up=shared.all_splits > 1,
-            R=cut.panels,
+            R=TILE_OUT // CELL_OUT,
             tokens=cut.tokens,
-            pair=cut.tokens == NARROW_TOKENS and not wide,
             wide=wide,
             stages=cut.stages,
-            num_warps=WARPS.value,
-            maxnreg=cut.registers,
+            num_warps=TILE_OUT // CELL_OUT,
         )
 
 
@@ -441,17 +429,27 @@ def _multiply_dense(x: Tensor, weight: StreamedWeight, after: _After, out_TN: Te
         rows = math.ceil((end - first) / num_slices / SLICE_ROWS) * SLICE_ROWS
         for start in range(first, end, rows):
             stop = min(start + rows, end)
-            slice_TN = out_TN[:, start:stop]
-            dense_KN = dequantize(weight, start, stop)[: slice_TN.shape[1]].T
-            if after.more_TN is not None and after.bias_N is None and not after.act:
-                torch.addmm(after.more_TN[:, start:stop], x_TK, dense_KN, out=slice_TN)
-            elif after.more_TN is None:
-                torch.mm(x_TK, dense_KN, out=slice_TN)
-                _finish(slice_TN, after, start)
-            else:  # the result may lie where the residual does
-                product_TN = x_TK @ dense_KN
-                _finish(product_TN, after, start)
-                torch.add(product_TN, after.more_TN[:, start:stop], out=slice_TN)
+            # Never named here: while the next slice is made, this one would still be there.
+            _multiply_slice(
+                x_TK, dequantize(weight, start, stop), after, start, out_TN[:, start:stop]
+            )
+
+
+def _multiply_slice(
+    x_TK: Tensor, dense_NK: Tensor, after: _After, start: int, slice_TN: Tensor
+) -> None:
+    """A slice's product, its outputs from `start` on; rows beyond the result are padding."""
+    dense_KN = dense_NK[: slice_TN.shape[1]].T
+    if after.more_TN is not None and after.bias_N is None and not after.act:
+        more_TN = after.more_TN[:, start : start + slice_TN.shape[1]]
+        torch.addmm(more_TN, x_TK, dense_KN, out=slice_TN)
+    elif after.more_TN is None:
+        torch.mm(x_TK, dense_KN, out=slice_TN)
+        _finish(slice_TN, after, start)
+    else:  # the result may lie where the residual does
+        product_TN = x_TK @ dense_KN
+        _finish(product_TN, after, start)
+        torch.add(product_TN, after.more_TN[:, start : start + slice_TN.shape[1]], out=slice_TN)
 
 
 def _finish(slice_TN: Tensor, after: _After, start: int) -> None:

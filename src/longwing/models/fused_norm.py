@@ -72,7 +72,7 @@ class Handover:
         """The norms' weights, if so many tokens can do without the norms."""
         from longwing.kernels import wna16_triton
 
-        return self.weights_D if num_tokens <= wna16_triton.FOLDED_TOKENS else ()
+        return self.weights_D if num_tokens <= wna16_triton.NARROW_TOKENS else ()
 
     def take(self) -> Scaled | None:
         """What was left, once."""

@@ -30,11 +30,12 @@ from longwing.plan.speed import (
 )
 from longwing.plan.table import explain
 from longwing.plan.weights import WeightBytes, check_group_size
-from longwing.plan.workspace import RUNTIME_BYTES, Workspace, graphs_bytes
+from longwing.plan.workspace import CONTEXT_BYTES, RUNTIME_BYTES, Workspace, graphs_bytes
 
 __all__ = [
     "BANDWIDTH",
     "CARDS",
+    "CONTEXT_BYTES",
     "KNOWN",
     "KV_FORMATS",
     "PREFILL_CHUNK",

@@ -21,14 +21,25 @@ from longwing.models import Decoder, ModelConfig
 from longwing.plan.weights import WeightBytes, block_linears
 from longwing.rope import ladder
 
-RUNTIME_BYTES = 2**30
-"""What a CUDA process takes beside its tensors: driver context, loaded kernels, what the allocator
-loses between blocks; without CUDA graphs (`graphs_bytes`).
+CONTEXT_BYTES = 832 * 2**20
+"""What a CUDA process takes outside of PyTorch's allocator: driver context and loaded kernels;
+without CUDA graphs (`graphs_bytes`).
 
-Measured (H200, CUDA 13, torch 2.11): 527 MiB for the bare context, 729 MiB after matrix products
-and attention; 1,143 MiB beside Falcon-40B's tensors after decoding and a prompt of 24,000 tokens,
-of which the allocator gives some back where memory is short.
+Measured (H200, CUDA 13, torch 2.11): 527 MiB bare, 682 once Falcon-40B has read a prompt, 763 with
+its decoding kernels and about five graphs (33 MiB); 765 with Falcon-7B's and some fifteen (53 MiB).
 """
+
+LOSS_BYTES = 192 * 2**20
+"""What PyTorch's allocator holds beside the tensors that are counted.
+
+Of Falcon-40B: 32 MiB that cuBLAS works in (on Hopper, for each stream that multiplies); 19 for
+norms folded into products; 72 lost between blocks; and, kept apart from all else, what graphs work
+in, some 25 MiB for one sequence. All but some MiB of the last is from sums, not measured alone.
+Where memory is not short the allocator keeps more than that, and gives it back when it is.
+"""
+
+RUNTIME_BYTES = CONTEXT_BYTES + LOSS_BYTES
+"""What a process takes beside the tensors that are counted: 1 GiB."""
 
 GRAPH_LAYER_BYTES = 116 * 2**10
 """What a layer takes in a decoding step recorded as a CUDA graph: 113 KiB, from the 152 MiB that 23
@@ -46,6 +57,9 @@ Values 1, values minus zeros 2, those in float32 4, the scale of each 4, the pro
 
 DENSE_SLICE = 2**27
 """Weights that `kernels.wna16_triton` makes dense at once (a test holds it to that)."""
+
+SLICE_ROWS = 256
+"""Outputs that such a slice is a multiple of, likewise."""
 
 WIDEST_HEAD = 256
 """The widest head whose attention runs through the GPU's kernels."""
@@ -136,14 +150,15 @@ def dequantised_bytes(model: Decoder, value_bytes: int) -> int:
 def dense_slice_bytes(model: Decoder, tokens: int, value_bytes: int) -> int:
     """A slice of the largest packed matrix made dense, and its product for T tokens.
 
-    That is how a GPU's kernels multiply many tokens: outputs are taken so many at a time that the
-    slice has DENSE_SLICE values.
+    That is how a GPU's kernels multiply many tokens: outputs, filled up to whole tiles, are shared
+    out over as few slices as have DENSE_SLICE values or little more. One is dense at a time.
     """
     most = 0
     for _, linear in block_linears(model):
-        tiles = max(DENSE_SLICE // linear.in_features // TILE_OUT, 1)
-        rows = min(tiles * TILE_OUT, linear.out_features)
-        most = max(most, rows * (linear.in_features + tokens))
+        K, N = linear.in_features, math.ceil(linear.out_features / TILE_OUT) * TILE_OUT
+        num_slices = math.ceil(N * K / DENSE_SLICE)
+        rows = min(math.ceil(N / num_slices / SLICE_ROWS) * SLICE_ROWS, N)
+        most = max(most, rows * (K + tokens))
     return most * value_bytes
 
 
