@@ -35,8 +35,8 @@ STEPS = 30
 WAYS: dict[str, dict[str, Any]] = {
     "as chosen": {},
     "norms by themselves": {"fold": False},
-    "8 chunks": {"chunks": 8, "wide_chunks": 16},
-    "32 chunks": {"chunks": 32, "wide_chunks": 64},
+    "8 chunks": {"chunks": 8},
+    "32 chunks": {"chunks": 32},
     "3 stages": {"stages": 3},
     "4 stages": {"stages": 4},
     "5 stages": {"stages": 5},
@@ -48,20 +48,17 @@ WAYS: dict[str, dict[str, Any]] = {
 def cut(way: dict[str, Any]) -> Iterator[None]:
     """Let products be cut in another way than `choose_cut` would.
 
-    A way may say: whether norms `fold`; `chunks` of each program beside others, for up to 8 tokens,
-    and `wide_chunks`, for up to 16; and the `stages` of all.
+    A way may say: whether norms `fold`; `chunks` of each program beside others; and the `stages`.
     """
     choose = kernels.choose_cut
 
-    def chosen(weight: StreamedWeight, num_tokens: int, *, beside: bool = False) -> kernels.Cut:
-        found = choose(weight, num_tokens, beside=beside)
-        return replace(found, stages=way.get("stages", found.stages)) if beside else found
+    def chosen(
+        weight: StreamedWeight, num_tokens: int, chunks_each: int | None = None
+    ) -> kernels.Cut:
+        found = choose(weight, num_tokens, chunks_each and way.get("chunks", chunks_each))
+        return replace(found, stages=way.get("stages", found.stages)) if chunks_each else found
 
-    bounds = {"CHUNKS_BESIDE": way.get("chunks"), "WIDE_CHUNKS_BESIDE": way.get("wide_chunks")}
     with ExitStack() as stack:
-        for name, number in bounds.items():
-            if number is not None:
-                stack.enter_context(patch.object(kernels, name, number))
         if not way.get("fold", True):
             stack.enter_context(patch.object(Handover, "norms_for", lambda *_: ()))
         stack.enter_context(patch.object(kernels, "choose_cut", chosen))

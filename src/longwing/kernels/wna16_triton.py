@@ -46,11 +46,12 @@ STREAM_TOKENS = 256
 NARROW_PROGRAMS = 528
 """Programs that a narrow launch aims at: four on each of an H200's 132 multiprocessors."""
 
-CHUNKS_BESIDE = 16
-"""Chunks of inputs for each program of a narrow launch that runs beside others."""
+PROGRAMS_BESIDE = 1024
+"""Narrow programs of the largest of some launches that run beside each other (bench/cuts.py: for a
+block of Falcon-40B 512 or 2,048 are 4 us slower)."""
 
-WIDE_CHUNKS_BESIDE = 32
-"""The same for tiles of 16 tokens (bench/cuts.py: 135.6 us a block of Falcon-40B, 145 by 16)."""
+CHUNKS_EACH = 4, 32
+"""Chunks of inputs for each of them, at least and at most."""
 
 WIDE_PROGRAMS = 264
 """Wide programs that run at once: two on each multiprocessor, by their registers."""
@@ -97,7 +98,7 @@ def packed_matmul(
     act: str = "",
     more_TN: Tensor | None = None,
     out_TN: Tensor | None = None,
-    beside: bool = False,
+    chunks_each: int | None = None,
     arranged: bool = False,
     arrange: bool = False,
 ) -> Tensor:
@@ -115,7 +116,7 @@ def packed_matmul(
         act: an activation by config.json's name, see `fused_triton.ACTIVATIONS`; "" for none.
         more_TN: added last: a residual. May be out_TN.
         out_TN: where the result goes; rows may lie apart. None for a new tensor.
-        beside: other work runs at the same time, so it is cut finer; see `choose_cut`.
+        chunks_each: for a launch that runs beside others, see `choose_cut` and `chunks_beside`.
         arranged: x_TK lies in the order that `arranges` is about.
         arrange: the result is to.
 
@@ -139,7 +140,7 @@ def packed_matmul(
     if norm is not None and len(x_TK) > NARROW_TOKENS:
         raise ValueError(f"a folded norm of {len(x_TK)} tokens; it is for {NARROW_TOKENS} at most")
     after = _After(bias_N=bias_N, norm=norm, act=act, more_TN=more_TN, arrange=arrange)
-    _multiply(x_TK, weight, cut, after, out_TN, beside=beside, arranged=arranged)
+    _multiply(x_TK, weight, cut, after, out_TN, chunks_each=chunks_each, arranged=arranged)
     return out_TN
 
 
@@ -194,7 +195,7 @@ def _multiply(
     after: _After,
     out_TN: Tensor,
     *,
-    beside: bool = False,
+    chunks_each: int | None = None,
     arranged: bool = False,
 ) -> None:
     _check_input(x, weight)
@@ -202,7 +203,7 @@ def _multiply(
     if cut is None and T > STREAM_TOKENS:
         _multiply_dense(_ordered(x, weight.order_K), weight, after, out_TN)
     elif T > 0:
-        cut = cut or choose_cut(weight, T, beside=beside)
+        cut = cut or choose_cut(weight, T, chunks_each)
         partial = out_TN
         if cut.splits > 1:
             shape = (cut.splits, T, weight.starts[-1])
@@ -222,16 +223,17 @@ def _check_input(x: Tensor, weight: StreamedWeight) -> None:
         )
 
 
-def choose_cut(weight: StreamedWeight, num_tokens: int, *, beside: bool = False) -> Cut:
+def choose_cut(weight: StreamedWeight, num_tokens: int, chunks_each: int | None = None) -> Cut:
     """The best of those that bench/kernels.py tries. Narrow splits do not depend on the tokens.
 
     Alone, a narrow launch is cut so that all its programs run at once and end together. Beside
     other launches they would not, as these come to lie unevenly over the multiprocessors; there
-    programs are short, and the next ones even that out (bench/step.py).
+    programs are short, of `chunks_each`, and the next ones even that out (bench/step.py). Tiles of
+    16 tokens, of which fewer run at once, take twice as many.
     """
     tiles, chunks = weight.starts[-1] // TILE_OUT, weight.words.shape[1]
-    if num_tokens <= NARROW_TOKENS and beside:
-        return Cut(tokens=8, splits=max(round(chunks / CHUNKS_BESIDE), 1), stages=4)
+    if num_tokens <= NARROW_TOKENS and chunks_each:
+        return Cut(tokens=8, splits=max(round(chunks / chunks_each), 1), stages=4)
     if num_tokens <= NARROW_TOKENS:
         return Cut(tokens=8, splits=min(max(round(NARROW_PROGRAMS / tiles), 1), chunks), stages=3)
     tokens = next((tokens for tokens in (16, 32) if num_tokens <= tokens), 64)
@@ -239,11 +241,18 @@ def choose_cut(weight: StreamedWeight, num_tokens: int, *, beside: bool = False)
     token_tiles = triton.cdiv(num_tokens, tokens)
     if token_tiles > TOKEN_TILES:
         return Cut(tokens=tokens, splits=1, stages=stages)
-    if tokens == 16 and beside:
-        return Cut(tokens=16, splits=max(round(chunks / WIDE_CHUNKS_BESIDE), 1), stages=stages)
+    if tokens == 16 and chunks_each:
+        return Cut(tokens=16, splits=max(round(chunks / (2 * chunks_each)), 1), stages=stages)
     programs = tiles * token_tiles
     splits = min(range(1, min(chunks, 8) + 1), key=lambda splits: _waves(programs, splits))
     return Cut(tokens=tokens, splits=splits, stages=stages)
+
+
+def chunks_beside(weights: Sequence[StreamedWeight]) -> int:
+    """Chunks of inputs for each narrow program, where these weights' launches run side by side."""
+    most = max(weight.starts[-1] // TILE_OUT * weight.words.shape[1] for weight in weights)
+    least, limit = CHUNKS_EACH
+    return min(max(round(most / PROGRAMS_BESIDE), least), limit)
 
 
 def _waves(programs: int, splits: int) -> float:
@@ -297,6 +306,7 @@ class SumOfProducts:
         bias_N: of all together.
         norms_N: weights of the LayerNorms that follow, one or two, to be folded; for up to
             NARROW_TOKENS tokens.
+        chunks_each: where more launches than these run side by side; see `chunks_beside`.
 
     Attributes:
         scaled: what those norms' products need, once all is added; None without norms.
@@ -310,12 +320,14 @@ class SumOfProducts:
         bias_N: Tensor | None = None,
         *,
         norms_N: Sequence[Tensor] = (),
+        chunks_each: int | None = None,
     ) -> None:
         self.weights, self.out_TN = weights, out_TN
         self.scaled: Scaled | None = None
         self._streams = 0 < len(out_TN) <= STREAM_TOKENS
         if self._streams:
-            self._cuts = [choose_cut(weight, len(out_TN), beside=True) for weight in weights]
+            chunks_each = chunks_each or chunks_beside(weights)
+            self._cuts = [choose_cut(weight, len(out_TN), chunks_each) for weight in weights]
             if norms_N:
                 self.scaled = Scaled.like(out_TN, norms_N, TILE_OUT)
             self._starts = [0, *accumulate(cut.splits for cut in self._cuts)]

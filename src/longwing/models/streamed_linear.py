@@ -80,7 +80,7 @@ class StreamedLinear(nn.Module):
         act: str = "",
         more_TO: Tensor | None = None,
         out_TO: Tensor | None = None,
-        beside: bool = False,
+        chunks_each: int | None = None,
         arranged: bool = False,
         arrange: bool = False,
     ) -> Tensor:
@@ -96,7 +96,7 @@ class StreamedLinear(nn.Module):
                 bias_N=self.bias,
                 more_TN=more_TO,
                 out_TN=out_TO,
-                beside=beside,
+                chunks_each=chunks_each,
             )
             return self.finished(out_TO, x_TI, act)
         return wna16_triton.packed_matmul(
@@ -107,7 +107,7 @@ class StreamedLinear(nn.Module):
             act=act,
             more_TN=more_TO,
             out_TN=out_TO,
-            beside=beside,
+            chunks_each=chunks_each,
             arranged=arranged,
             arrange=arrange,
         )

@@ -171,8 +171,12 @@ class StreamedFalconBlock(nn.Module):
         sum_TD = hidden_TD if alone else torch.empty_like(hidden_TD)
         more_TD = hidden_TD if alone else None
         norms_D = () if self.outgoing is None else self.outgoing.norms_for(T)
+        side_by_side = (self.qkv.weight, self.up.weight, *outs)
+        chunks_each = wna16_triton.chunks_beside(side_by_side)
         total = wna16_triton.SumOfProducts(
-            outs, more_TD, sum_TD, self.out_bias, norms_N=norms_D if alone else ()
+            *(outs, more_TD, sum_TD, self.out_bias),
+            norms_N=norms_D if alone else (),
+            chunks_each=chunks_each,
         )
         up_TF = hidden_TD.new_empty(T, self.up.weight.parts[0])
 
@@ -182,7 +186,7 @@ class StreamedFalconBlock(nn.Module):
                 norm=folded[1],
                 act=self.act,
                 out_TO=up_TF,
-                beside=True,
+                chunks_each=chunks_each,
                 arranged=normed,
                 arrange=activated,
             )
@@ -191,7 +195,9 @@ class StreamedFalconBlock(nn.Module):
         with total:
             side = Branch(hidden_TD.device)
             side.run(mlp)
-            qkv_TO = self.qkv(for_attention_TD, norm=folded[0], beside=True, arranged=normed)
+            qkv_TO = self.qkv(
+                for_attention_TD, norm=folded[0], chunks_each=chunks_each, arranged=normed
+            )
             attended = self._attention_arranges(qkv_TO, inputs)
             attended_TD = self._attend(qkv_TO, rotation, inputs, arrange=attended)
             total.add(0, attended_TD, arranged=attended)
