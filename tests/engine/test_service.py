@@ -1,10 +1,14 @@
 """The engine in a process of its own: its answers, its refusals, its death and its end."""
 
 import asyncio
+import json
 import os
 import signal
+import socket
+import subprocess
+import sys
 from collections.abc import Callable, Coroutine
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +18,7 @@ from engines import SMALL, ids, request
 from longwing.engine.events import Event, Failed, Finished, Step, from_wire, to_wire
 from longwing.engine.generator import load
 from longwing.engine.loading import load_engine
+from longwing.engine.options import EngineOptions
 from longwing.engine.request import Grammar, Request, SamplingParams
 from longwing.engine.service import EngineService, engine_process
 from longwing.engine.wire import body_len, from_body, request_from_wire, request_to_wire, to_frame
@@ -135,6 +140,39 @@ def test_engine_that_cannot_be_launched_is_told_as_such() -> None:
         assert service.status == "dead"
 
     asyncio.run(start())
+
+
+def test_engine_ends_at_once_whatever_an_error_holds() -> None:
+    """On a GPU that waits for a lost rank, to free what the error's frames hold takes for ever."""
+    program = """
+import threading
+from longwing.engine import worker
+from longwing.errors import EngineError
+
+class Graph:
+    def __del__(self):
+        threading.Event().wait()
+
+def run(sock, load):
+    graph = Graph()
+    raise EngineError("the group of 2 is lost")
+
+worker.run = run
+worker.main()
+"""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        words = {"path": "x", "options": asdict(EngineOptions()), "log_level": "INFO"}
+        done = subprocess.run(
+            [sys.executable, "-c", program, str(theirs.fileno())],
+            env={**os.environ, "LONGWING_ENGINE": json.dumps(words)},
+            pass_fds=[theirs.fileno()],
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+    assert done.returncode == 1
+    assert "CRITICAL engine: the group of 2 is lost" in done.stderr
 
 
 def test_more_requests_than_may_be_are_refused_at_once(tiny_folder: Folder) -> None:

@@ -24,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -229,11 +230,13 @@ class Followers:
         self._lost.set()
         for rank in self._ranks:
             rank.end(0.0)
-        if self._closed.wait(_GRACE_S if self._dedicated else _STUCK_S):
+        if self._dedicated:
+            # Also if it is closing: what it frees may wait for the GPU, and that for the lost rank.
+            time.sleep(_GRACE_S)
+        elif self._closed.wait(_STUCK_S) or not self.clock.is_awaited():
             return
-        if self._dedicated or self.clock.is_awaited():
-            _log.critical("the group of %d is lost: %s", self.size, why)
-            os._exit(1)
+        _log.critical("the group of %d is lost: %s", self.size, why)
+        os._exit(1)
 
 
 class _Rank:

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from longwing.engine.engine import Engine
 from longwing.engine.events import Event, Failed, to_wire
@@ -188,7 +188,6 @@ def main() -> None:
     settings = json.loads(os.environ["LONGWING_ENGINE"])
     logging.basicConfig(level=settings["log_level"], format="%(levelname)s engine: %(message)s")
     options, path = EngineOptions(**settings["options"]), Path(settings["path"])
-    status = 0
     with (
         socket.socket(fileno=int(sys.argv[1])) as sock,
         contextlib.suppress(BrokenPipeError, ConnectionResetError),
@@ -199,9 +198,18 @@ def main() -> None:
             )
         except EngineError as error:
             _log.critical("%s", error)
-            status = 1
+            _end(1)
+    _end(0)
+
+
+def _end(status: int) -> NoReturn:
+    """End this process without looking back.
+
+    A reader thread blocked in recv must not delay it, nor what an error's frames hold: to free a
+    graph or a tensor waits for the GPU, and a GPU that waits for a lost rank is never through.
+    """
     sys.stdout.flush()
-    os._exit(status)  # a reader thread blocked in recv, or a CUDA context, must not delay the end
+    os._exit(status)
 
 
 if __name__ == "__main__":
