@@ -94,7 +94,9 @@ def test_published_rows_stand_beside(report: Report) -> None:
         ["FalconLite2", "84 %", "82 %", "66 %", "56 %", "62 %", "34 %"],
         ["MistralLite", "98 %", "92 %", "88 %", "76 %", "70 %", "60 %"],
     ]
-    assert "FalconLite2 (published)" in report.figures["lines-accuracy"]
+    drawn = report.figures["lines-accuracy"]
+    assert "lines: accuracy by length (grey: published)" in drawn
+    assert ">FalconLite2</text>" in drawn
 
 
 def test_longchats_columns_and_the_published_ones_are_one_table(longchat: Path) -> None:
@@ -105,11 +107,25 @@ def test_longchats_columns_and_the_published_ones_are_one_table(longchat: Path) 
 
 
 def test_quantised_run_is_compared_with_the_dense_one_case_by_case(report: Report) -> None:
-    table = Outline(report.html).tables[-1]
-    assert table[0] == ["task", "dense", "packed", "change", "cases"]
-    changed = {row[0]: row[3:] for row in table[1:]}
-    assert changed["lines; generated, 1k"] == ["-100 points", "5 lost, 0 gained"]
-    assert changed["perplexity; text.txt, 1k"] == ["+0.0000 nats", ""]
+    tables = {table[0][0]: table for table in Outline(report.html).tables}
+    assert tables["lines; generated"] == [
+        ["lines; generated", "1k", "4k"],
+        ["packed; less dense", "-100 points; 5 lost, 0 gained", "–"],
+    ]
+    assert tables["perplexity; text.txt"][1] == ["packed; less dense", "+0.0000 nats", "–"]
+    assert tables["quality hard; quality"][0] == ["quality hard; quality", "all"]
+
+
+def test_equal_results_of_two_models_are_drawn_side_by_side() -> None:
+    plan = Plan(tasks=("lines",), lengths=(1024, 2048), cases=2)
+    drawn = make_report([run(Oracle(name), plan) for name in "ab"]).figures["lines-accuracy"]
+    (a, b), (other_a, other_b) = re.findall(
+        r'<polyline points="([\d.]+),([\d.]+) [\d., ]+" fill="none" stroke="#[^"]*" '
+        r'stroke-width="1.8" stroke-linejoin="round"/>',
+        drawn,
+    )
+    assert b == other_b
+    assert 2 <= float(other_a) - float(a) <= 3
 
 
 def test_page_fetches_nothing(report: Report) -> None:

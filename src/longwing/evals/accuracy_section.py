@@ -26,7 +26,11 @@ _TITLES = {
         "Line retrieval",
         "A record of named lines with a number each; the model is asked for one line's number.",
     ),
-    "passkey": ("Pass key", "A number within repeated filler, to be repeated at the end."),
+    "passkey": (
+        "Pass key",
+        "A number within repeated filler, to be repeated at the end. Cases of one length and depth "
+        "differ in the number alone, so that they often fall alike and intervals are too narrow.",
+    ),
     "facts": (
         "Several facts",
         "Four numbers within prose, all asked for; right is who names all four.",
@@ -113,8 +117,9 @@ def _accuracy_figure(task: str, models: Sequence[Entry]) -> Figure | None:
             if value is not None
         ]
         if points:
-            lines.append(Line(name=f"{name} (published)", points=points, published=True))
-    title = f"{task}: accuracy by length"
+            lines.append(Line(name=name, points=points, published=True))
+    theirs = " (grey: published)" if any(line.published for line in lines) else ""
+    title = f"{task}: accuracy by length{theirs}"
     drawn = line_chart(
         title,
         lines,
@@ -123,7 +128,7 @@ def _accuracy_figure(task: str, models: Sequence[Entry]) -> Figure | None:
         log_x=True,
         x_name="tokens",
     )
-    return Figure(name=f"{task}-accuracy", caption=title, svg=drawn)
+    return Figure(name=f"{task}-accuracy", caption=title, svg=drawn, tall=True)
 
 
 def _maps(task: str, model: Entry, number: int) -> Iterable[Figure]:

@@ -8,12 +8,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
+from itertools import accumulate
 
 from longwing.evals.table import Spot
 
 WIDTH = 440
 _LEFT, _RIGHT, _TOP, _PLOT = 46, 22, 14, 190
 _LEGEND_ROW = 18
+_SHIFT, _MOST_SHIFT = 2.4, 9.0  # between neighbouring lines, and of the outermost
 
 OURS = ("#1f5fbf", "#d9480f", "#2b8a3e", "#862e9c", "#c2255c", "#0c8599", "#a16207", "#343a40")
 _THEIRS = ("#9aa1a9", "#7b838c", "#5f666d", "#b4bac1")
@@ -53,13 +55,19 @@ def line_chart(
     log_x: bool = False,
     x_name: str = "",
 ) -> str:
-    """Lines over ticks; the ticks' ends are the chart's. Intervals are upright strokes."""
+    """Lines over ticks; the ticks' ends are the chart's. Intervals are upright strokes.
+
+    Lines with intervals stand a little beside each other, so that equal ones do not hide.
+    """
+    shifts = _shifts(lines)
+    room = max(map(abs, shifts), default=0.0)
     x_low, x_high = x_ticks[0][0], x_ticks[-1][0]
     y_low, y_high = y_ticks[0][0], y_ticks[-1][0]
 
     def across(x: float) -> float:
         x, low, high = (math.log2(at) if log_x else at for at in (x, x_low, x_high))
-        return _LEFT + (WIDTH - _LEFT - _RIGHT) * (x - low) / ((high - low) or 1)
+        width = WIDTH - _LEFT - _RIGHT - 2 * room
+        return _LEFT + room + width * (x - low) / ((high - low) or 1)
 
     def down(y: float) -> float:
         return _TOP + _PLOT * (1 - (min(max(y, y_low), y_high) - y_low) / ((y_high - y_low) or 1))
@@ -76,8 +84,10 @@ def line_chart(
         parts.append(_text(at, bottom + 17, label, "middle"))
     parts.append(_text((_LEFT + WIDTH - _RIGHT) / 2, bottom + 34, x_name, "middle", "#5f666d"))
     legend = []
-    for line, colour, dash in _styled(lines):
-        places = [(across(x), down(y), down(low), down(high)) for x, y, low, high in line.points]
+    for (line, colour, dash), shift in zip(_styled(lines), shifts, strict=True):
+        places = [
+            (across(x) + shift, down(y), down(low), down(high)) for x, y, low, high in line.points
+        ]
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y, _, _ in places)
         dashed = f' stroke-dasharray="{dash}"' if dash else ""
         parts.append(
@@ -169,6 +179,18 @@ def length_ticks(lengths: Sequence[float]) -> list[tuple[float, str]]:
         ticks.append((float(low), column_name(("tokens", low))))
         low *= 2
     return ticks
+
+
+def _shifts(lines: Sequence[Line]) -> list[float]:
+    """How far to the right each line is drawn, in units; 0 for those without intervals."""
+    marked = [any(low < high for _, _, low, high in line.points) for line in lines]
+    count = sum(marked)
+    step = min(_SHIFT, 2 * _MOST_SHIFT / max(1, count - 1))
+    ranks = accumulate(marked)
+    return [
+        step * (rank - (count + 1) / 2) if own else 0.0
+        for own, rank in zip(marked, ranks, strict=True)
+    ]
 
 
 def _styled(lines: Sequence[Line]) -> list[tuple[Line, str, str]]:

@@ -4,44 +4,62 @@ from collections.abc import Sequence
 
 from longwing.evals.charts import column_name
 from longwing.evals.entry import Entry, dense_twin
-from longwing.evals.fields import accuracy_text, head_of, loss_text
-from longwing.evals.page import Section, Table
+from longwing.evals.fields import head_of
+from longwing.evals.page import Section, Table, Text
 from longwing.evals.table import Row
 
 
 def difference_sections(models: Sequence[Entry]) -> list[Section]:
-    """A table for every quantised run that has a dense one of the same model and settings."""
-    tables = []
-    for packed in models:
-        dense = dense_twin(packed, models)
-        if dense is not None:
-            tables.append(_difference_table(dense, packed))
+    """A table a task, a row for every quantised run whose dense twin is there, a column a cell."""
+    twins = [(dense_twin(packed, models), packed) for packed in models]
+    pairs = [(dense, packed) for dense, packed in twins if dense is not None]
+    kinds = dict.fromkeys(
+        (row.task, row.subset, row.source) for _, packed in pairs for row in packed.rows
+    )
+    tables = [table for kind in kinds if (table := _difference_table(pairs, *kind)) is not None]
     if not tables:
         return []
     text = (
-        "The same questions, asked of the dense and of the quantised weights. Lost and gained: "
-        "cases that only the one or only the other got right."
+        "The same questions, asked of the dense and of the quantised weights: the quantised run's "
+        "result less the dense one's. Lost and gained: cases that only the one or only the other "
+        "got right."
     )
     return [Section(title="Quantised and dense", text=text, tables=tables)]
 
 
-def _difference_table(dense: Entry, packed: Entry) -> Table:
+def _difference_table(
+    pairs: Sequence[tuple[Entry, Entry]], task: str, subset: str, source: str
+) -> Table | None:
+    """One task's changes, pair by pair; None if no pair has a result of it in common."""
+    kind = (task, subset, source)
+    found = [row for _, packed in pairs for row in packed.rows]
+    columns = sorted({row.column for row in found if (row.task, row.subset, row.source) == kind})
     body = []
-    for row in packed.rows:
-        other = dense.row(row.task, row.source, row.column, row.subset)
-        if other is None:
-            continue
-        name = (f"{row.task} {row.subset}".strip(), f"{row.source}, {column_name(row.column)}")
-        if row.loss is not None and other.loss is not None:
-            change = f"{row.loss - other.loss:+.4f} nats"
-            body.append([name, loss_text(other), loss_text(row), (change, ""), ("", "")])
-        elif row.accuracy is not None and other.accuracy is not None:
-            change = f"{100 * (row.accuracy - other.accuracy):+.0f} points"
-            lost, gained = _changed(dense, packed, row)
-            turned = (f"{lost} lost, {gained} gained", "")
-            texts = accuracy_text(other), accuracy_text(row)
-            body.append([name, *texts, (change, ""), turned])
-    return Table(head=head_of("task", dense.name, packed.name, "change", "cases"), body=body)
+    for dense, packed in pairs:
+        changes = [_change(dense, packed, task, source, column, subset) for column in columns]
+        if any(changes):
+            name = (packed.name, f"less {dense.name}")
+            body.append([name, *(change or ("–", "") for change in changes)])
+    if not body:
+        return None
+    head = ((f"{task} {subset}".strip(), source), *head_of(*map(column_name, columns)))
+    return Table(head=head, body=body)
+
+
+def _change(
+    dense: Entry, packed: Entry, task: str, source: str, column: tuple[str, int], subset: str
+) -> Text | None:
+    """One cell: the loss in nats a token, or accuracy in points; None if either is missing."""
+    before, after = (model.row(task, source, column, subset) for model in (dense, packed))
+    if before is None or after is None:
+        return None
+    if before.loss is not None and after.loss is not None:
+        return f"{after.loss - before.loss:+.4f} nats", ""
+    if before.accuracy is None or after.accuracy is None:
+        return None
+    lost, gained = _changed(dense, packed, after)
+    points = round(100 * (after.accuracy - before.accuracy))
+    return f"{points:+d} points" if points else "the same", f"{lost} lost, {gained} gained"
 
 
 def _changed(dense: Entry, packed: Entry, row: Row) -> tuple[int, int]:

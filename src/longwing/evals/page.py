@@ -24,11 +24,12 @@ class Table:
 
 @dataclass(frozen=True, kw_only=True)
 class Figure:
-    """A drawing; `name` is fit for a file."""
+    """A drawing; `name` is fit for a file. `tall`: beside it, two that are not stand."""
 
     name: str
     caption: str
     svg: str
+    tall: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +59,8 @@ def to_html(title: str, sections: Sequence[Section]) -> str:
             parts.append('<div class="figures">\n')
             for figure in section.figures:
                 caption = f"<figcaption>{escape(figure.caption)}</figcaption>"
-                parts.append(f"<figure>{caption}{figure.svg}</figure>\n")
+                kind = ' class="tall"' if figure.tall else ""
+                parts.append(f"<figure{kind}>{caption}{figure.svg}</figure>\n")
             parts.append("</div>\n")
         parts.append("</section>\n")
     parts.append("</main>\n</body>\n</html>\n")
@@ -139,6 +141,7 @@ small { display: block; font-weight: 400; color: var(--soft); font-size: .78rem;
 .figures { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 400px), 1fr));
   gap: 1rem; align-items: start; }
 figure { margin: 0; border: 1px solid var(--line); border-radius: 8px; padding: .6rem .6rem .3rem; }
+figure.tall { grid-row: span 2; }
 figcaption { font-size: .85rem; font-weight: 600; margin: 0 0 .2rem; }
 svg { display: block; width: 100%; height: auto; }
 @media (max-width: 480px) { main { padding: 1rem .5rem 2rem; } section { padding: .9rem .8rem; }
