@@ -74,6 +74,34 @@ def test_two_numbers_give_the_measured_times_of_attention() -> None:
     assert compared >= 9
 
 
+def test_two_numbers_give_the_measured_times_of_sums_over_two_gpus() -> None:
+    (line,) = lines("sums.jsonl")
+    fastest = {one["tokens"]: one["us"] for one in line["lines"] if "norms" not in one["sum"]}
+    assert len(fastest) == 6  # the later lines of a number of tokens are the peers'
+    for tokens, us in fastest.items():
+        moved = tokens * 8192 * 2
+        seconds = rates.ALL_REDUCE_S + moved / (H200.link * rates.LINK_SHARE)
+        assert 1e6 * seconds == pytest.approx(us, rel=0.25)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_steps_of_a_replica_take_about_what_was_measured(ranks: int) -> None:
+    """Whole steps of the engine: products side by side gain what sampling and launches cost."""
+    measured = lines("tensor_parallel.jsonl")[-1]
+    found = next(one for one in measured["found"] if one["ranks"] == ranks)
+    config = known_config("falcon-40b")
+    for line in found["lines"]:
+        load = Load(rate=1.0, prompt_len=line["context"], answer_len=1)
+        planned = plan(config, context=line["context"], batch=line["batch"], bits=4, group_size=128)
+        replica = Replica(config, planned, H200, ranks, load)
+        if line["what"] == "prefill":
+            assert 1e3 * replica.read_s == pytest.approx(line["ms"], rel=0.1)
+        else:
+            n = line["batch"]
+            step_s = replica.matmul_s(n) + replica.head_s(n) + replica.cache_s(n)
+            assert 1e3 * step_s == pytest.approx(line["ms"], rel=0.25)
+
+
 def test_figures_of_the_cpu_are_those_of_the_results() -> None:
     (line,) = lines("http_cpu.jsonl")
     assert pytest.approx(line["tokens_per_cpu_s"], rel=0.02) == rates.TOKENS_PER_CPU_S
