@@ -45,8 +45,8 @@ def main() -> None:
     given = parser.parse_args()
     losses = read_losses(given.log)
     lines = [
-        Line(name=name, points=[(at, loss, loss, loss) for at, loss in losses[kind]])
-        for kind, name in NAMES.items()
+        Line(name=name, colour=n, points=[(at, loss, loss, loss) for at, loss in losses[kind]])
+        for n, (kind, name) in enumerate(NAMES.items())
     ]
     ends = [at for points in losses.values() for at, _ in points]
     picture = line_chart(

@@ -44,6 +44,14 @@ ROWS: Mapping[str, tuple[str, tuple[str, ...]]] = {
 }
 """Row of the report -> its model's folder, and what the evaluation is told besides."""
 
+SHOWN: Mapping[str, str] = {
+    "base": "a: base",
+    "falconlite": "b: dynamic NTK",
+    "long": "c: 16 bits",
+    "longwing-tiny": "c: longwing-tiny",
+}
+"""What a row is called on the page."""
+
 CAREFUL = ("--chunk", "2048", "--concurrency", "8")
 """Of an evaluation without the kernels, which takes more memory."""
 
@@ -193,7 +201,7 @@ def evaluation(
     given: argparse.Namespace, folder: Path, row: str, task: str, out: Path, *more: str
 ) -> list[str]:
     """The command line of one row and task."""
-    command = script("evaluate", folder, "--name", row, "--task", task, *more)
+    command = script("evaluate", folder, "--name", SHOWN.get(row, row), "--task", task, *more)
     command += ["--longchat", str(given.longchat), "--out", str(out)]
     small = ["--cases", "2", "--short", "--cache-tokens", "24576", "--chunk", "2048"]
     return command + small if given.toy else command

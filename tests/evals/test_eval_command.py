@@ -19,7 +19,7 @@ from longwing.cli.report import report
 from longwing.engine.generator import load
 from longwing.errors import EvalError, LongwingError, ServerError
 from longwing.evals.journal import read_run
-from longwing.evals.task import Model
+from longwing.evals.task import Answer, Model
 
 app = typer.Typer()
 app.command("eval")(evaluate)
@@ -146,12 +146,7 @@ def test_table_for_people_names_task_length_and_interval(tiny: Path, text_file: 
 @pytest.mark.parametrize(
     ("options", "why"),
     [
-        (("--tasks", "sums"), 'task "sums" is not one of topics, lines, passkey, facts'),
         (("--tasks", "lines", "--lengths", "4x"), "is not a length in tokens"),
-        (("--tasks", "lines", "--depths", "top"), "no list of depths"),
-        (("--tasks", "lines", "--columns", "5,x"), '"x" in --columns is not a whole number'),
-        (("--tasks", "lines", "--columns", "5"), "columns are LongChat's"),
-        (("--data", "missing.txt"), "does not exist"),
         (("--url", "http://127.0.0.1:9", "--device", "cpu"), "--device does not change"),
         (("--url", "http://127.0.0.1:9", "--template", "chatml"), "the server's own template"),
     ],
@@ -162,10 +157,87 @@ def test_command_line_that_makes_no_sense_is_a_usage_error(
     assert why in usage_error("eval", *options)
 
 
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        (
+            ("--tasks", "sums"),
+            'task "sums" is not one of topics, lines, passkey, facts, quality, perplexity; name '
+            "some of these",
+        ),
+        (("--tasks", ","), "no task is given; name some of topics, lines"),
+        (("--depths", "top"), '"top" is no list of depths; write it like 0,0.5,1'),
+        (("--columns", "5,x"), '"x" in --columns is not a whole number; write it like 5,10,200'),
+        (("--columns", "5"), "columns are LongChat's; give its folder too, with --data DIR"),
+        (
+            ("--tasks", "perplexity", "--data", "missing.txt"),
+            f"--data: no file or folder at {Path('missing.txt').absolute()}; check the path",
+        ),
+        (
+            ("--data", LONGCHAT, "--data", LONGCHAT.parent),
+            f"--data {LONGCHAT} and {LONGCHAT.parent} are for the same task, which takes one; "
+            "leave one out",
+        ),
+    ],
+)
+def test_value_that_no_run_can_have_is_refused_in_one_line_with_a_remedy(
+    options: tuple[object, ...], why: str
+) -> None:
+    result = run("eval", *options)
+    assert result.exit_code == 2
+    (line,) = result.stderr.splitlines()
+    assert line.startswith(f"error: {why}")
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_interrupted_run_says_where_it_is_kept_and_how_it_goes_on(
+    tiny_folder: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    restart: bool,
+) -> None:
+    asked: list[str] = []
+    answer = LocalModel.generate
+
+    def interrupted(model: LocalModel, prompt: str, *args: Any, **kwargs: Any) -> Answer:
+        asked.append(prompt)
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return answer(model, prompt, *args, **kwargs)
+
+    monkeypatch.setattr(LocalModel, "generate", interrupted)
+    out = tmp_path / "run.jsonl"
+    command = (
+        "eval", tiny_folder("falcon-rw"), "--tasks", "passkey", "--context", "1k", "--cases", 3,
+        "--lengths", "512", "--out", out, "--template", "plain",
+    )  # fmt: skip
+    result = run(*command, *["--restart"] * restart)
+    assert result.exit_code == 130
+    again = "the same command without --restart" if restart else "the same command"
+    said = f"interrupted; what is done is kept in {out}, and {again} goes on from there"
+    assert said in result.stderr.splitlines()
+    assert len(read_run(out).records) == 1
+    assert [row["cases"] for row in facts(*command)] == [3]
+    assert len(asked) == 4  # the first case was not asked again
+
+
 def test_report_of_what_is_no_run_names_the_file(tmp_path: Path) -> None:
     result = run("report", tmp_path / "none.jsonl", "--out", tmp_path / "x.html")
     assert "none.jsonl cannot be read" in str(result.exception)
     assert "ends in .html" in usage_error("report", tmp_path / "none.jsonl", "--out", "x.pdf")
+
+
+def test_folder_of_a_report_is_made(tmp_path: Path) -> None:
+    record = tmp_path / "run.jsonl"
+    header = {"kind": "run", "model": {"name": "x"}}
+    record.write_text(json.dumps(header) + "\n")
+    page = tmp_path / "reports" / "today" / "page.html"
+    assert facts("report", record, "--out", page)["files"][0] == str(page)
+    assert page.is_file()
+    result = run("report", record, "--out", record / "page.html")  # a file stands in its place
+    assert isinstance(result.exception, EvalError)
+    assert str(result.exception).startswith(f"the folder {record} cannot be made: ")
+    assert str(result.exception).endswith("; choose another for --out")
 
 
 def test_rope_is_told_as_it_would_be_asked_for(tiny_folder: Callable[[str], Path]) -> None:

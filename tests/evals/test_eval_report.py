@@ -189,6 +189,15 @@ def test_runs_of_one_model_that_measured_different_things_are_one_row() -> None:
     assert runs[1][5] == "4"
 
 
+def test_time_of_cases_that_overlap_is_called_added_up() -> None:
+    done = run(Oracle(), Plan(tasks=("lines",), lengths=(1024,), cases=4))
+    cases = [{**record, "seconds": 30.0} for record in done.records]
+    made = make_report([Run(header=done.header, records=cases)])
+    head, row = Outline(made.html).tables[0]
+    assert dict(zip(head, row, strict=True))["time; added up"] == "2 min"
+    assert "| time (added up) |" in made.markdown
+
+
 def test_run_without_a_finished_case_still_makes_a_page() -> None:
     begun = Run(header={"kind": "run", "model": {"name": "x"}}, records=())
     assert Outline(make_report([begun]).html).headings[-1] == "How to read this"

@@ -1,5 +1,6 @@
 """`longwing eval`: ask a model what it can find, choose and foretell at length."""
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -10,7 +11,15 @@ from typing import Annotated, Any
 import typer
 
 from longwing import tiny
-from longwing.cli.console import AsJson, note, print_json, print_rows, progress, warn
+from longwing.cli.console import (
+    AsJson,
+    note,
+    print_error,
+    print_json,
+    print_rows,
+    progress,
+    warn,
+)
 from longwing.cli.eval_engine import BatchedModel, open_model
 from longwing.cli.eval_served import ServedModel
 from longwing.cli.generate import TemplateOption
@@ -66,7 +75,7 @@ def evaluate(
         typer.Option(
             help="A folder: LongChat's cases of topics and lines; .jsonl: QuALITY's questions; "
             "other files: perplexity's texts. Repeatable.",
-            exists=True,
+            readable=False,  # what cannot be read is told with a remedy by `_data`
         ),
     ] = None,
     columns: Annotated[
@@ -122,18 +131,22 @@ def evaluate(
       longwing eval models/falcon --tasks topics,lines --data LongChat/longeval/evaluation
       longwing eval models/falcon --tasks perplexity --data book.txt --lengths 2k,8k --json
     """
-    plan = _plan(
-        tasks=_words(tasks),
-        lengths=tuple(map(length, _words(lengths))),
-        depths=_depths(depths),
-        cases=cases,
-        seed=seed,
-        columns=_counts("--columns", columns),
-        characters=_counts("--characters", characters),
-        stride=stride,
-        tokens=None if tokens is None else length(tokens),
-        **_data(data or []),
-    )
+    try:
+        plan = Plan(
+            tasks=_words(tasks),
+            lengths=tuple(map(length, _words(lengths))),
+            depths=_depths(depths),
+            cases=cases,
+            seed=seed,
+            columns=_counts("--columns", columns),
+            characters=_counts("--characters", characters),
+            stride=stride,
+            tokens=None if tokens is None else length(tokens),
+            **_data(data or []),
+        )
+    except EvalError as error:
+        print_error(error)
+        raise typer.Exit(2) from error
     if url is None:
         opened = _loaded(model, name, template, load, concurrency, spread)
     elif spread.ray:
@@ -142,7 +155,10 @@ def evaluate(
         opened = _served(url, model, name, template, load, api_key)
     with opened as asked, progress("evaluating") as advance:
         at_once = asked.concurrency if isinstance(asked, EnginePool) else concurrency
-        done = run_plan(asked, plan, out, concurrency=at_once, restart=restart, progress=advance)
+        with _told_what_is_kept(out, restart):
+            done = run_plan(
+                asked, plan, out, concurrency=at_once, restart=restart, progress=advance
+            )
     if as_json:
         print_json(_facts(done))
     else:
@@ -201,6 +217,18 @@ def _served(
         yield served
 
 
+@contextmanager
+def _told_what_is_kept(out: Path | None, restart: bool) -> Iterator[None]:
+    """After a Ctrl-C: where the finished cases are, and how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if out is not None and out.is_file():
+            again = "the same command without --restart" if restart else "the same command"
+            note(f"interrupted; what is done is kept in {out}, and {again} goes on from there")
+        raise
+
+
 def _say_what_did_not_fit(told: Sequence[Row], context: int, is_loaded: bool) -> None:
     """Where the context was too short, what would help; an error if nothing fitted at all."""
     left_out = sum(row.num_too_long for row in told if not row.subset)
@@ -217,23 +245,22 @@ def _say_what_did_not_fit(told: Sequence[Row], context: int, is_loaded: bool) ->
     warn(said)
 
 
-def _plan(**settings: object) -> Plan:
-    """The plan; what no run can have is a usage error."""
-    try:
-        return Plan(**settings)  # type: ignore[arg-type]
-    except EvalError as error:
-        raise typer.BadParameter(str(error)) from error
-
-
 def _data(paths: list[Path]) -> dict[str, Any]:
-    """Which task each path is for, by its kind."""
+    """Which task each path is for, by its kind; refused before a model is loaded for nothing."""
     found: dict[str, Any] = {}
     for path in paths:
+        if not os.path.exists(path):
+            raise EvalError(f"--data: no file or folder at {path.absolute()}; check the path")
+        if not os.access(path, os.R_OK):
+            raise EvalError(f"--data {path} may not be read; check its permissions")
         kind = "longchat" if path.is_dir() else "quality" if path.suffix == ".jsonl" else "texts"
         if kind == "texts":
             found[kind] = (*found.get(kind, ()), path)
         elif kind in found:
-            raise typer.BadParameter(f"--data {found[kind]} and {path} are for the same task")
+            raise EvalError(
+                f"--data {found[kind]} and {path} are for the same task, which takes one; leave "
+                "one out"
+            )
         else:
             found[kind] = path
     return found
@@ -247,7 +274,7 @@ def _counts(option: str, text: str | None) -> tuple[int, ...]:
     words = _words(text)
     for word in words:
         if not word.isdecimal():
-            raise typer.BadParameter(f'"{word}" in {option} is not a whole number')
+            raise EvalError(f'"{word}" in {option} is not a whole number; write it like 5,10,200')
     return tuple(map(int, words))
 
 
@@ -255,7 +282,7 @@ def _depths(text: str | None) -> tuple[float, ...]:
     try:
         return tuple(map(float, _words(text)))
     except ValueError:
-        raise typer.BadParameter(f'"{text}" is no list of depths; write it like 0,0.5,1') from None
+        raise EvalError(f'"{text}" is no list of depths; write it like 0,0.5,1') from None
 
 
 def _facts(done: Run) -> object:

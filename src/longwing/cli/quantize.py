@@ -37,7 +37,8 @@ def quantize(
         list[Path] | None,
         typer.Option(
             "--data",
-            help='Calibration text: .txt, .jsonl or .parquet (field "text"); repeatable. '
+            help='Calibration text: .txt, .jsonl or .parquet (field "text"; a line of .jsonl may '
+            'carry token ids instead, "input_ids"); repeatable. '
             "Without it: the text that ships with longwing.",
             exists=True,
             dir_okay=False,

@@ -7,6 +7,7 @@ import typer
 
 from longwing.checkpoint.publish import new_file
 from longwing.cli.console import AsJson, print_json, print_rows
+from longwing.errors import EvalError
 from longwing.evals.journal import read_run
 from longwing.evals.report import make_report
 
@@ -21,7 +22,8 @@ def report(
     out: Annotated[
         Path,
         typer.Option(
-            help="The page. Beside it: the same name with .md, and -NAME.svg for each figure.",
+            help="The page; its folder is made at need. Beside it: the same name with .md, and "
+            "-NAME.svg for each figure.",
             dir_okay=False,
         ),
     ] = Path("report.html"),
@@ -42,6 +44,12 @@ def report(
     files = {out: made.html, out.with_suffix(".md"): made.markdown}
     for name, svg in made.figures.items():
         files[out.with_name(f"{out.stem}-{name}.svg")] = svg
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as fault:
+        raise EvalError(
+            f"the folder {out.parent} cannot be made: {fault.strerror}; choose another for --out"
+        ) from fault
     for file, text in files.items():
         with new_file(file) as stream:
             stream.write(text.encode())

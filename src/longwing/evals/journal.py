@@ -72,7 +72,9 @@ class Journal:
             file.parent.mkdir(parents=True, exist_ok=True)
             stream = file.open("ab+")
         except OSError as fault:
-            raise EvalError(f"{file} cannot be written: {fault.strerror}") from fault
+            raise EvalError(
+                f"{file} cannot be written: {fault.strerror}; choose another file"
+            ) from fault
         with stream:
             try:
                 fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)

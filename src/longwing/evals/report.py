@@ -60,7 +60,11 @@ def make_report(
 
 
 def _overview(models: Sequence[Entry]) -> Section:
-    head = ("model", "weights", "RoPE", "context", "computed in", "cases", "time", "begun")
+    head = [
+        *head_of("model", "weights", "RoPE", "context", "computed in", "cases"),
+        ("time", "added up"),
+        ("begun", ""),
+    ]
     body = []
     for model in models:
         facts = model.facts
@@ -80,7 +84,7 @@ def _overview(models: Sequence[Entry]) -> Section:
                 (str(model.run.header.get("begun", "?"))[:10], _version(model)),
             ]
         )
-    return Section(title="Runs", text="", tables=[Table(head=head_of(*head), body=body)])
+    return Section(title="Runs", text="", tables=[Table(head=head, body=body)])
 
 
 def _duration(seconds: float) -> str:
@@ -98,7 +102,7 @@ _HOW = (
     "the model's own tokenizer; published lengths are tokens of the prompt by Falcon's. Beside "
     "each accuracy stand its 95 % interval (Wilson) and the number of cases. Topics are right if "
     "the label stands in the answer, lines when the last integer is the one, the pass key when the "
-    "first within ten tokens is. A model's time is the sum of its cases' times, which overlap "
-    "where several were asked at once. What a model's context is too short for is told, and never "
-    "cut to fit."
+    "first within ten tokens is. A model's time is that of its cases, added up: where several "
+    "were asked at once, it is more than the clock's. What a model's context is too short for is "
+    "told, and never cut to fit."
 )

@@ -71,7 +71,8 @@ class Plan:
     def __post_init__(self) -> None:
         for name in self.tasks:
             if name not in TASKS:
-                raise EvalError(f'task "{name}" is not one of {", ".join(TASKS)}')
+                known = ", ".join(TASKS)
+                raise EvalError(f'task "{name}" is not one of {known}; name some of these')
         if not self.tasks:
             raise EvalError(f"no task is given; name some of {', '.join(TASKS)}")
         for length in (*self.lengths, *self.characters, *self.columns):
