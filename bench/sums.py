@@ -12,6 +12,7 @@ import argparse
 import json
 import logging
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -30,6 +31,9 @@ REPLAYS, REPEATS = 20, 5
 WIDTH = 8192
 SMALL, LARGE = (1, 4, 16, 64), (2048, 8192)
 """Tokens."""
+
+PATIENCE_S = 300
+"""After which a rank ends, whatever it waits for."""
 
 
 def milliseconds(work: Callable[[], object], calls: int) -> float:
@@ -112,6 +116,7 @@ def main() -> None:
             pid = os.fork()
             if not pid:
                 status = 1
+                signal.alarm(PATIENCE_S)  # a sum of peers waits for a dead rank for ever
                 try:
                     run(rank, args.ranks, f"file://{room}/meeting", args.out)
                     status = 0

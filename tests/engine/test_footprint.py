@@ -52,7 +52,7 @@ def test_ceilings_of_this_machine_are_measured(monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_limit_below_what_a_process_takes_is_refused() -> None:
     with pytest.raises(CapacityError, match="beside its tensors"):
-        limit_device(torch.device("cuda"), CONTEXT_BYTES + MIB, graphs=MIB)
+        limit_device(torch.device("cuda"), CONTEXT_BYTES + MIB, set_aside=MIB)
 
 
 def test_tensors_may_take_what_context_and_graphs_leave(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,7 +61,7 @@ def test_tensors_may_take_what_context_and_graphs_leave(monkeypatch: pytest.Monk
     monkeypatch.setattr(
         torch.cuda, "set_per_process_memory_fraction", lambda *given: told.append(given)
     )
-    limit_device(torch.device("cuda", 1), 24 * 2**30, graphs=68 * MIB)
+    limit_device(torch.device("cuda", 1), 24 * 2**30, set_aside=68 * MIB)
     ((share, index),) = told
     assert share * total + CONTEXT_BYTES + 68 * MIB == pytest.approx(24 * 2**30, abs=1)
     assert index == 1

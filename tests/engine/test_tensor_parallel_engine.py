@@ -204,8 +204,14 @@ def test_adapters_and_steps_launched_ahead_are_shared_too(
 
 
 @linux
-def test_a_rank_that_hangs_is_missed_and_ended(leading: Engine) -> None:
+def test_a_rank_that_hangs_is_missed_and_ended(
+    leading: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the first rank's process, were it the engine's own, though its thread may go on."""
     (follower,) = followers_of(os.getpid())
+    ended: list[int] = []
+    monkeypatch.setattr(leading.runner._followers, "_dedicated", True)  # type: ignore[attr-defined]
+    monkeypatch.setattr(os, "_exit", ended.append)
     leading.add("0", request([1], max_new_tokens=200))
     leading.step()
     os.kill(follower, signal.SIGSTOP)
@@ -214,6 +220,8 @@ def test_a_rank_that_hangs_is_missed_and_ended(leading: Engine) -> None:
         finish(leading, {"0": []})
     assert time.monotonic() - began < 5
     assert not command(follower)
+    leading.close()  # waits for the thread that watches
+    assert ended == [1]
 
 
 def test_a_first_rank_that_falls_silent_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ imported once: ranks are forks of one process that has started no threads.
 
 import json
 import os
+import signal
 import sys
 import traceback
 from pathlib import Path
@@ -174,6 +175,7 @@ def _forked(rank: int, world: dict[str, Any]) -> int:
     if pid:
         return pid
     status = 1
+    signal.alarm(280)  # on GPUs a sum may wait for a dead rank for ever
     try:
         _rank(rank, world)
         status = 0

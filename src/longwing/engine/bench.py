@@ -27,7 +27,7 @@ from longwing.engine.events import Event, Failed, Finished, Step
 from longwing.engine.findings import WARM_TOKENS, BenchSpec, Loading, Measured, Quoting
 from longwing.engine.folder import ModelFolder
 from longwing.engine.footprint import forget_host_peak, limit_device
-from longwing.engine.loading import load_engine
+from longwing.engine.loading import NCCL_BYTES, load_engine
 from longwing.engine.lookup import PromptLookup
 from longwing.engine.options import EngineOptions
 from longwing.engine.request import Request, SamplingParams
@@ -111,7 +111,9 @@ class Bench:
         if options.max_sequences != EngineOptions.max_sequences:
             most = max(most, options.max_sequences)
         if on_gpu and options.memory is not None:
-            limit_device(device, options.memory, graphs=graphs_bytes(folder.config, most))
+            set_aside = graphs_bytes(folder.config, most)
+            set_aside += NCCL_BYTES if options.tensor_parallel > 1 else 0
+            limit_device(device, options.memory, set_aside=set_aside)
         ceilings = measure_ceilings(device, dtype)
         if on_gpu:
             torch.cuda.reset_peak_memory_stats(device)

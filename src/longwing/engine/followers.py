@@ -52,6 +52,10 @@ _START_S = 120.0
 _GRACE_S = 0.5
 """How long rank 0's running thread has to find out by itself that the group is lost."""
 
+_REAP_S = 0.2
+"""How long a follower whose socket closed may take to be gone; less than `_GRACE_S`, so that the
+reason is known before rank 0's own thread gives one."""
+
 _STUCK_S = 300.0
 """The same where its process is not the engine's alone. NCCL's watchdog has as long."""
 
@@ -72,7 +76,7 @@ class Followers:
         dedicated: this process exists for the engine alone, so it is ended when the group is lost,
             by itself or, should it hang, by a follower; and followers end with its main thread.
             Otherwise steps raise; a process whose thread waits for a GPU that waits for the lost
-            ranks, which nothing else can end, is ended in five minutes.
+            ranks, which nothing else can end, is ended in five minutes if its step was launched.
     """
 
     def __init__(
@@ -109,6 +113,11 @@ class Followers:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether the group is lost, and its GPUs may wait for ranks that are gone."""
+        return self._lost.is_set()
 
     def meet(self, num_pages: int) -> tuple[Group, int]:
         """Agree on a number of pages, and form the group; then every rank loads its part.
@@ -224,10 +233,9 @@ class Followers:
 
     def _give_up(self, why: str) -> None:
         """The group is lost, as the watching thread has found."""
-        if self._lost.is_set():
-            return
-        self._why = why
-        self._lost.set()
+        if not self._lost.is_set():  # else rank 0's thread was sooner; it may yet hang in freeing
+            self._why = why
+            self._lost.set()
         for rank in self._ranks:
             rank.end(0.0)
         if self._dedicated:
@@ -235,7 +243,7 @@ class Followers:
             time.sleep(_GRACE_S)
         elif self._closed.wait(_STUCK_S) or not self.clock.is_awaited():
             return
-        _log.critical("the group of %d is lost: %s", self.size, why)
+        _log.critical("the group of %d is lost: %s", self.size, self._why)
         os._exit(1)
 
 
@@ -292,11 +300,12 @@ class _Rank:
             self.process.wait(timeout_s)
             return
         self.process.kill()
-        self.process.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):  # a driver may hold it for longer
+            self.process.wait(_GRACE_S)
 
     def _end(self) -> str:
         try:
-            status = self.process.wait(_GRACE_S)
+            status = self.process.wait(_REAP_S)
         except subprocess.TimeoutExpired:
             return f"rank {self.number} has closed its socket"
         if status < 0:
@@ -357,8 +366,12 @@ class LeadingRunner(Runner):
             return super().logits(hidden_TD, rows)
 
     def close(self) -> None:
-        """End the followers. NCCL is not left as long as a graph holds one of its sums."""
-        self.graphs = None
+        """End the followers. NCCL is not left as long as a graph holds one of its sums.
+
+        Graphs of a lost group stay: to free one would wait for a GPU that waits for the lost rank.
+        """
+        if not self._followers.is_lost:
+            self.graphs = None
         self._followers.close()
 
 

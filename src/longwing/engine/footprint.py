@@ -51,21 +51,21 @@ def footprint(device: torch.device) -> Footprint:
     )
 
 
-def limit_device(device: torch.device, memory: int, *, graphs: int = 0) -> None:
+def limit_device(device: torch.device, memory: int, *, set_aside: int = 0) -> None:
     """Let no allocation of this process go beyond `memory` bytes of a GPU: it fails instead.
 
     PyTorch's limit is on its own allocator; what the process takes beside it is set aside as plans
-    do: CONTEXT_BYTES, and the graphs.
+    do: CONTEXT_BYTES, and more.
 
     Args:
         device: the GPU.
         memory: bytes for all.
-        graphs: of them, for the CUDA graphs that will be recorded (`plan.graphs_bytes`).
+        set_aside: of them, for CUDA graphs that will be recorded (`plan.graphs_bytes`), and NCCL.
 
     Raises:
         CapacityError: not even what is set aside fits.
     """
-    beside = CONTEXT_BYTES + graphs
+    beside = CONTEXT_BYTES + set_aside
     if memory <= beside:
         raise CapacityError(
             f"{format_size(memory)} of GPU memory is no more than the {format_size(beside)} that "

@@ -183,7 +183,7 @@ class DecodeGraphs:
 
     @cached_property
     def _stream(self) -> torch.cuda.Stream:
-        """Of a higher priority than the side branches of `models.streaming.beside`."""
+        """Of a higher priority than the side branches of `models.branch.Branch`."""
         return torch.cuda.Stream(self.model.device, priority=-1)
 
     @cached_property

@@ -306,7 +306,8 @@ class SumOfProducts:
         bias_N: of all together.
         norms_N: weights of the LayerNorms that follow, one or two, to be folded; for up to
             NARROW_TOKENS tokens.
-        chunks_each: where more launches than these run side by side; see `chunks_beside`.
+        chunks_each: where more launches than these run side by side; None for what `chunks_beside`
+            gives for these.
 
     Attributes:
         scaled: what those norms' products need, once all is added; None without norms.
@@ -408,7 +409,7 @@ def _launch(
     norms = (None, None) if scaled is None else (*scaled.weights_D, None)[:2]
     to = (None, None) if scaled is None else (scaled.scaled_XTD, scaled.stats_ST2)
     with torch.cuda.device_of(x):
-        multiply[(N // (TILE_OUT), cut.splits, triton.cdiv(T, cut.tokens))](
+        multiply[(N // TILE_OUT, cut.splits, triton.cdiv(T, cut.tokens))](
             *(x, weight.words, weight.scales_GN, _zeros(weight)),
             *(stats, level_N, after.bias_N, after.more_TN, out_TN, *norms, *to),
             *(shared.partial, shared.arrivals),

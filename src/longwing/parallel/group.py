@@ -197,7 +197,9 @@ class Group:
         Raises:
             EngineError: as `all_reduce`.
         """
-        self.all_reduce(torch.zeros(1, device=self.device)).item()
+        self.all_reduce(
+            torch.zeros((), device=self.device)
+        ).item()  # of a shape peers leave to NCCL
 
     def close(self) -> None:
         """Leave the group; the others' next sum fails. Closing twice is harmless."""

@@ -19,7 +19,7 @@ import ctypes
 import logging
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -58,6 +58,8 @@ class Peers:
         keep: what keeps that memory mapped.
     """
 
+    _num_meetings: ClassVar[int] = 0
+
     def __init__(
         self, rank: int, addresses: Sequence[int], device: torch.device, keep: object = None
     ) -> None:
@@ -73,35 +75,45 @@ class Peers:
         Raises:
             EngineError: another rank did not come.
         """
-        found, reason = None, ""
-        try:
-            _check_links(group)
-            found = cls._mapped(group)
+        own, found, reason = None, None, ""
         # Whatever keeps this machine from it (an OS, a driver, a torch of another mind): NCCL can.
+        try:
+            cls._check_meetings(group)
+            _check_links(group)
+            own = _symmetric(group)
         except Exception as error:
-            reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        having = group.all_reduce(torch.tensor(float(found is not None), device=group.device))
-        if float(having) == group.size:
-            _log.info("sums of few tokens go straight from GPU to GPU")
-            return found
+            reason = _first_line(error)
+        if _all(group, own is not None):  # a rank that waited for one which does not come: a minute
+            try:
+                found = cls._mapped(group, own)
+            except Exception as error:
+                reason = _first_line(error)
+            if _all(group, found is not None):
+                _log.info("sums of few tokens go straight from GPU to GPU")
+                return found
         _log.warning("all sums go through NCCL: %s", reason or "another rank has no peers")
         return None
 
     @classmethod
-    def _mapped(cls, group: "Group") -> "Peers":
-        import torch.distributed as dist
+    def _check_meetings(cls, group: "Group") -> None:
+        """See that every rank's process has met as often: torch numbers meetings by process.
 
-        # Torch would make a multicast object of its own accord; nothing here needs one.
-        os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
+        Raises:
+            RuntimeError: they have not, and would wait for each other in vain.
+        """
+        own = torch.tensor([cls._num_meetings], device=group.device)
+        if len({*group.all_gather(own, 0).tolist()}) > 1:
+            raise RuntimeError("a process that has met other ranks before cannot meet new ones")
+
+    @classmethod
+    def _mapped(cls, group: "Group", own: Tensor | None) -> "Peers":
+        import torch.distributed as dist
         import torch.distributed._symmetric_memory as symmetric
 
-        from longwing.parallel import peers_device  # noqa: F401  # is there Triton?
-
         world = dist.group.WORLD
-        if world is None:  # unreachable: the group has met
-            raise RuntimeError("there is no process group")
-        own = symmetric.empty(memory_bytes(group.size), dtype=torch.uint8, device=group.device)
-        own.zero_()
+        if world is None or own is None:  # unreachable: the group has met, and all have memory
+            raise RuntimeError("there is no process group, or no memory to be shared")
+        cls._num_meetings += 1
         handle = symmetric.rendezvous(own, world.group_name)
         addresses = [
             handle.get_buffer(rank, own.shape, own.dtype).data_ptr() for rank in range(group.size)
@@ -156,6 +168,27 @@ class Peers:
                 num_warps=4,
             )
         return scaled
+
+
+def _symmetric(group: "Group") -> Tensor:
+    """This rank's memory, zeroed, to be mapped by the others."""
+    # Torch would make a multicast object of its own accord; nothing here needs one.
+    os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
+    import torch.distributed._symmetric_memory as symmetric
+
+    from longwing.parallel import peers_device  # noqa: F401  # is there Triton?
+
+    own: Tensor = symmetric.empty(memory_bytes(group.size), dtype=torch.uint8, device=group.device)
+    return own.zero_()
+
+
+def _all(group: "Group", mine: bool) -> bool:
+    """Whether every rank says yes."""
+    return float(group.all_reduce(torch.tensor(float(mine), device=group.device))) == group.size
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def _check_links(group: "Group") -> None:

@@ -106,11 +106,12 @@ def _encoded(tokenizer: Tokenizer, files: Iterable[Path], enough: int) -> list[l
     """Token ids of the documents, in order, until there are enough tokens."""
     documents: list[list[int]] = []
     count = 0
-    for document in (document for file in files for document in _documents(file)):
+    read = ((file, document) for file in files for document in _documents(file))
+    for source, document in read:
         if isinstance(document, str):
             ids = _encode(tokenizer, document)
         else:
-            ids = _checked(tokenizer, document)
+            ids = _checked(tokenizer, document, source)
         if ids:
             documents.append(ids)
             count += len(ids)
@@ -125,14 +126,14 @@ def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
     return [token for part in slices for token in tokenizer.encode(part, add_bos=False)]
 
 
-def _checked(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
+def _checked(tokenizer: Tokenizer, ids: list[int], file: Path) -> list[int]:
     """Ids of a file, if the tokenizer has them all."""
     vocab_size = tokenizer.vocab_size
     for token in ids:
         if not 0 <= token < vocab_size:
             raise CalibrationError(
-                f"input_ids hold {token}, and the model's tokenizer has ids 0 to {vocab_size - 1}; "
-                "make them with this model's tokenizer"
+                f"{file}: input_ids hold {token}, and the model's tokenizer has ids 0 to "
+                f"{vocab_size - 1}; make them with this model's tokenizer"
             )
     return ids
 
@@ -146,7 +147,8 @@ def _windows(
 ) -> list[Tensor]:
     """Samples cut from all documents laid end to end."""
     end = sorted(tokenizer.eos_ids)[:1]
-    stream = [token for ids in documents for token in (*ids, *end)]
+    ended = (ids if ids[-1:] == end else [*ids, *end] for ids in documents)
+    stream = [token for ids in ended for token in ids]
     num_windows = len(stream) // seqlen
     if num_windows < num_samples:
         raise CalibrationError(
@@ -217,13 +219,16 @@ def _json_lines(file: Path) -> Iterator[str | list[int]]:
                 continue
             record = json.loads(line)
             fields = record if isinstance(record, dict) else {}
-            document = fields.get("input_ids", fields.get("text"))
-            if not isinstance(document, str) and not _is_ids(document):
+            ids, text = fields.get("input_ids"), fields.get("text")
+            if _is_ids(ids):
+                yield ids
+            elif ids is None and isinstance(text, str):
+                yield text
+            else:
                 raise CalibrationError(
                     f'{file}, line {number}: no field "text" with a string, nor "input_ids" with '
                     "a list of token ids"
                 )
-            yield document
 
 
 def _is_ids(document: object) -> TypeGuard[list[int]]:
