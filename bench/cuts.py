@@ -24,6 +24,7 @@ from step import MODELS, PAGE_LEN, Bench, fill, random_model
 from longwing.engine.runner import Runner
 from longwing.kernels import StreamedWeight
 from longwing.kernels import wna16_triton as kernels
+from longwing.kernels.wna16_cut import Cut
 from longwing.models.fused_norm import Handover
 
 LAYERS = 12
@@ -52,9 +53,7 @@ def cut(way: dict[str, Any]) -> Iterator[None]:
     """
     choose = kernels.choose_cut
 
-    def chosen(
-        weight: StreamedWeight, num_tokens: int, chunks_each: int | None = None
-    ) -> kernels.Cut:
+    def chosen(weight: StreamedWeight, num_tokens: int, chunks_each: int | None = None) -> Cut:
         found = choose(weight, num_tokens, chunks_each and way.get("chunks", chunks_each))
         return replace(found, stages=way.get("stages", found.stages)) if chunks_each else found
 

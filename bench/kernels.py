@@ -21,6 +21,7 @@ from torch import Tensor
 
 from longwing.kernels import wna16_triton as kernels
 from longwing.kernels.streamed import CELL_OUT, TILE_OUT, TOKEN_TILES, StreamedWeight
+from longwing.kernels.wna16_cut import Cut
 
 SHAPES = {  # K, N
     "qkv": (8192, 9216),
@@ -97,7 +98,7 @@ def bandwidth() -> float:
     return data.nbytes / microseconds(lambda _: data.sum(), 1, 4) * 1e6
 
 
-def error_of(x_TK: Tensor, weight: StreamedWeight, cut: kernels.Cut | None) -> float:
+def error_of(x_TK: Tensor, weight: StreamedWeight, cut: Cut | None) -> float:
     """Relative to float64, over the first 512 outputs."""
     exact = x_TK.double() @ kernels.dequantize(weight, 0, 512).double().T
     out = kernels.packed_matmul(x_TK, weight, cut)[:, :512].double()
@@ -111,7 +112,7 @@ def rotated(bits: int, K: int, N: int, group_size: int, symmetric: bool) -> list
     return [first, *(random_weight(bits, K, N, group_size, symmetric) for _ in range(copies))]
 
 
-def ours(x_TK: Tensor, weights: list[StreamedWeight], cut: kernels.Cut | None = None) -> float:
+def ours(x_TK: Tensor, weights: list[StreamedWeight], cut: Cut | None = None) -> float:
     """Microseconds of `packed_matmul`."""
     return microseconds(lambda i: kernels.packed_matmul(x_TK, weights[i], cut), len(weights))
 
@@ -152,7 +153,7 @@ def cuts(record: Record) -> None:
                 x_TK = torch.randn(1 if tokens == 8 else tokens, K, device="cuda").bfloat16()
                 splits = {round(programs * TILE_OUT / N) for programs in range(132, 925, 132)}
                 us = {
-                    n: ours(x_TK, weights, kernels.Cut(tokens=tokens, splits=n, stages=stages))
+                    n: ours(x_TK, weights, Cut(tokens=tokens, splits=n, stages=stages))
                     for n in sorted(splits - {0})
                 }
                 row = " ".join(f"{n}:{time:.1f}" for n, time in us.items())

@@ -56,7 +56,7 @@ def activate(x, act: tl.constexpr):
 def arranged(at):
     """Where inputs lie for a product of many tokens: t and u of 4 t + 2 u + h are exchanged.
 
-    See `wna16_device._operand`.
+    See `wna16_cells.as_operand`.
     """
     return at // 16 * 16 + at // 2 % 2 * 8 + at // 4 % 4 * 2 + at % 2
 

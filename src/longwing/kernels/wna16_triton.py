@@ -7,8 +7,7 @@ Shape key: T tokens, K in features, N out features (padding counted), X inputs o
 
 The one idea: few tokens stream the packed weights once, and time is bytes; many make a slice of
 them dense and leave the rest to cuBLAS. In between, tiles of 64 tokens stream them again for each
-tile. What cuts a launch up is taken from shapes alone: nothing is tried out or read back at run
-time, so every launch can be captured in a CUDA graph.
+tile. How a launch is cut up is `wna16_cut.py`'s.
 
 What is the same to the last bit: a row alone and in any batch of up to 8 tokens; any run and the
 next. Between up to 8, 16, 32, 256 and more tokens, sums differ as float32 sums in another order do,
@@ -32,29 +31,16 @@ from longwing.kernels.streamed import (
     CELL_IN,
     CELL_OUT,
     TILE_OUT,
-    TOKEN_TILES,
     StreamedWeight,
 )
+from longwing.kernels.wna16_cut import (
+    NARROW_TOKENS,
+    STREAM_TOKENS,
+    Cut,
+    choose_cut,
+    chunks_beside,
+)
 from longwing.kernels.wna16_device import make_dense, multiply
-
-NARROW_TOKENS = 8
-"""Up to here mma.sync takes all tokens as one block; above, wgmma takes 16, 32 or 64."""
-
-STREAM_TOKENS = 256
-"""Above this a dense slice and cuBLAS are faster (measured on an H200, bench/kernels.py)."""
-
-NARROW_PROGRAMS = 528
-"""Programs that a narrow launch aims at: four on each of an H200's 132 multiprocessors."""
-
-PROGRAMS_BESIDE = 1024
-"""Narrow programs of the largest of some launches that run beside each other (bench/cuts.py: for a
-block of Falcon-40B 512 or 2,048 are 4 us slower)."""
-
-CHUNKS_EACH = 4, 32
-"""Chunks of inputs for each of them, at least and at most."""
-
-WIDE_PROGRAMS = 264
-"""Wide programs that run at once: two on each multiprocessor, by their registers."""
 
 DENSE_SLICE = 2**27
 """Weights made dense at once: 256 MiB."""
@@ -66,26 +52,6 @@ NUMBERS = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 MAGIC = {torch.float16: 0x64006400, torch.bfloat16: 0x43004300}
 """The power of two whose lowest mantissa bit counts 1, in both halves of a word."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Cut:
-    """How a launch is cut up.
-
-    Attributes:
-        tokens: columns of a program's tile: 8 narrow, 16, 32 or 64 wide.
-        splits: programs that share a tile's inputs.
-        stages: chunks in flight for each program.
-    """
-
-    tokens: int
-    splits: int
-    stages: int
-
-    @property
-    def wide(self) -> bool:
-        """Whether the tile is multiplied by wgmma, rather than by mma.sync."""
-        return self.tokens > NARROW_TOKENS
 
 
 def packed_matmul(
@@ -223,43 +189,6 @@ def _check_input(x: Tensor, weight: StreamedWeight) -> None:
         )
 
 
-def choose_cut(weight: StreamedWeight, num_tokens: int, chunks_each: int | None = None) -> Cut:
-    """The best of those that bench/kernels.py tries. Narrow splits do not depend on the tokens.
-
-    Alone, a narrow launch is cut so that all its programs run at once and end together. Beside
-    other launches they would not, as these come to lie unevenly over the multiprocessors; there
-    programs are short, of `chunks_each`, and the next ones even that out (bench/step.py). Tiles of
-    16 tokens, of which fewer run at once, take twice as many.
-    """
-    tiles, chunks = weight.starts[-1] // TILE_OUT, weight.words.shape[1]
-    if num_tokens <= NARROW_TOKENS and chunks_each:
-        return Cut(tokens=8, splits=max(round(chunks / chunks_each), 1), stages=4)
-    if num_tokens <= NARROW_TOKENS:
-        return Cut(tokens=8, splits=min(max(round(NARROW_PROGRAMS / tiles), 1), chunks), stages=3)
-    tokens = next((tokens for tokens in (16, 32) if num_tokens <= tokens), 64)
-    stages = 5 if tokens <= 32 else 3
-    token_tiles = triton.cdiv(num_tokens, tokens)
-    if token_tiles > TOKEN_TILES:
-        return Cut(tokens=tokens, splits=1, stages=stages)
-    if tokens == 16 and chunks_each:
-        return Cut(tokens=16, splits=max(round(chunks / (2 * chunks_each)), 1), stages=stages)
-    programs = tiles * token_tiles
-    splits = min(range(1, min(chunks, 8) + 1), key=lambda splits: _waves(programs, splits))
-    return Cut(tokens=tokens, splits=splits, stages=stages)
-
-
-def chunks_beside(weights: Sequence[StreamedWeight]) -> int:
-    """Chunks of inputs for each narrow program, where these weights' launches run side by side."""
-    most = max(weight.starts[-1] // TILE_OUT * weight.words.shape[1] for weight in weights)
-    least, limit = CHUNKS_EACH
-    return min(max(round(most / PROGRAMS_BESIDE), least), limit)
-
-
-def _waves(programs: int, splits: int) -> float:
-    """Rounds that a wide launch takes, in those of whole inputs; a split costs a tenth of one."""
-    return math.ceil(programs * splits / WIDE_PROGRAMS) / splits * (1 + splits / 10)
-
-
 def dequantize(weight: StreamedWeight, start: int = 0, stop: int | None = None) -> Tensor:
     """Rows start to stop of the dense (N, K) matrix, its inputs in the weight's order.
 
@@ -394,7 +323,7 @@ def _launch(
 ) -> None:
     wide = cut.wide
     x = _ordered(x, weight.order_K)
-    if wide and not arranged:  # the order in which wgmma takes inputs, see wna16_device._operand
+    if wide and not arranged:  # the order in which wgmma takes inputs, see wna16_cells.as_operand
         x = x.unflatten(-1, (-1, 4, 2, 2)).transpose(-3, -2).flatten(-4)
     x = x.contiguous()
     T, K = x.shape[-2:]

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from longwing.kernels.norm_fold import Scaled
+from longwing.kernels.wna16_cut import NARROW_TOKENS
 from longwing.layers import RMSNorm
 
 
@@ -70,9 +71,7 @@ class Handover:
 
     def norms_for(self, num_tokens: int) -> Sequence[Tensor]:
         """The norms' weights, if so many tokens can do without the norms."""
-        from longwing.kernels import wna16_triton
-
-        return self.weights_D if num_tokens <= wna16_triton.NARROW_TOKENS else ()
+        return self.weights_D if num_tokens <= NARROW_TOKENS else ()
 
     def take(self) -> Scaled | None:
         """What was left, once."""

@@ -31,6 +31,7 @@ from longwing.kernels import (
 )
 from longwing.kernels.norm_fold import FoldedNorm
 from longwing.kernels.streamed import fits, stackable, stream
+from longwing.kernels.wna16_cut import chunks_beside
 from longwing.layers import Linear, Rotation
 from longwing.layers.lora import LoRALinear, base_of
 from longwing.models.branch import Branch
@@ -172,7 +173,7 @@ class StreamedFalconBlock(nn.Module):
         more_TD = hidden_TD if alone else None
         norms_D = () if self.outgoing is None else self.outgoing.norms_for(T)
         side_by_side = (self.qkv.weight, self.up.weight, *outs)
-        chunks_each = wna16_triton.chunks_beside(side_by_side)
+        chunks_each = chunks_beside(side_by_side)
         total = wna16_triton.SumOfProducts(
             *(outs, more_TD, sum_TD, self.out_bias),
             norms_N=norms_D if alone else (),
