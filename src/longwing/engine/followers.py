@@ -2,8 +2,8 @@
 
 The engine is whole in rank 0: requests, scheduler, cache, sampler and text. What the others have is
 a part of the model and of every page, in a process each (`follower.py`), and what they do is to run
-the steps that rank 0 runs, in the same order: `LeadingRunner` tells them of each before it runs it.
-They are told in JSON (`wire.py`) over socket pairs; tensors meet in `parallel.Group` alone.
+the steps that rank 0 runs, in the same order: `leading_runner.py` tells them of each before it runs
+it. They are told in JSON (`wire.py`) over socket pairs; tensors meet in `parallel.Group` alone.
 
 The one idea: half a model cannot answer, so a group ends whole, and at once. A follower's death
 closes its socket; a follower that hangs is missed in the sums (a CPU) or by the `StepClock` (a
@@ -25,23 +25,18 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from longwing.engine.mirror import MirrorWriter
 from longwing.engine.options import EngineOptions
-from longwing.engine.runner import Runner
-from longwing.engine.sequence import Work
-from longwing.engine.step_clock import StepClock, kind_of
+from longwing.engine.step_clock import StepClock
 from longwing.engine.wire import receive, to_frame
 from longwing.errors import EngineError
-from longwing.models import Decoder
 from longwing.parallel import Group
 
 _log = logging.getLogger(__name__)
@@ -313,66 +308,6 @@ class _Rank:
             hint = ", as the system does when memory runs out" if name == "SIGKILL" else ""
             return f"rank {self.number} was ended by {name}{hint}"
         return f"rank {self.number} ended with exit status {status}"
-
-
-class LeadingRunner(Runner):
-    """A `Runner` whose steps the followers run along with it.
-
-    Args:
-        model: rank 0's part.
-        followers: the other ranks.
-        settings: as `Runner`.
-    """
-
-    def __init__(self, model: Decoder, *, followers: Followers, **settings: Any) -> None:
-        super().__init__(model, **settings)
-        self._followers = followers
-        self._mirror = MirrorWriter()
-        self._hidden_TD: Tensor | None = None
-
-    def record_graphs(self) -> None:
-        """As `Runner.record_graphs`, on every rank."""
-        with self._followers.step({"op": "record"}, "record"):
-            super().record_graphs()
-
-    def forward(self, batch: Sequence[Work], tokens_T: Tensor | None = None) -> Tensor:
-        """As `Runner.forward`, on every rank; tokens that no host knows go from device to device.
-
-        Raises:
-            EngineError: the group is lost.
-        """
-        shape = None if self.graphs is None else self.graphs.shape(batch)
-        message = {
-            "op": "forward",
-            "works": self._mirror.write(batch),
-            "on_device": tokens_T is not None,
-        }
-        with self._followers.step(message, *kind_of(batch, shape)):
-            if tokens_T is not None:
-                tokens_T = self.model.group.broadcast(tokens_T.contiguous())
-            self._hidden_TD = super().forward(batch, tokens_T)
-        return self._hidden_TD
-
-    def logits(self, hidden_TD: Tensor, rows: Sequence[int]) -> Tensor:
-        """As `Runner.logits`, of the last step's hidden states.
-
-        Raises:
-            EngineError: the group is lost.
-        """
-        if hidden_TD is not self._hidden_TD:
-            raise RuntimeError("the other ranks have the last step's hidden states, whole, only")
-        message = {"op": "logits", "rows": list(rows)}
-        with self._followers.step(message, ("logits", len(rows).bit_length())):
-            return super().logits(hidden_TD, rows)
-
-    def close(self) -> None:
-        """End the followers. NCCL is not left as long as a graph holds one of its sums.
-
-        Graphs of a lost group stay: to free one would wait for a GPU that waits for the lost rank.
-        """
-        if not self._followers.is_lost:
-            self.graphs = None
-        self._followers.close()
 
 
 def join(rank: int, options: EngineOptions, meeting: str, device: torch.device) -> Group:

@@ -18,7 +18,8 @@ import torch
 from longwing.engine.adapters import num_bytes, open_adapters
 from longwing.engine.engine import Engine
 from longwing.engine.folder import ModelFolder
-from longwing.engine.followers import Followers, LeadingRunner
+from longwing.engine.followers import Followers
+from longwing.engine.leading_runner import LeadingRunner
 from longwing.engine.options import DEFAULTS, EngineOptions
 from longwing.engine.runner import Runner
 from longwing.engine.status import EngineInfo
