@@ -6,8 +6,10 @@ mapped at one address; flags and waits are real. GPUs are in `models/test_tensor
 
 import os
 import signal
+import threading
 import traceback
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ if type(triton.language.max).__name__ == "JITFunction":
 
 from longwing.kernels.norm_fold import Scaled  # noqa: E402
 from longwing.parallel import Group  # noqa: E402
+from longwing.parallel import peers as module  # noqa: E402
 from longwing.parallel.peers import TILE, Peers, memory_bytes  # noqa: E402
 
 SIZE, T, D = 2, 3, 2 * TILE
@@ -96,6 +99,44 @@ def test_what_is_added_to_and_the_norms_that_follow_are_part_of_the_sum(tmp_path
         tiles_TSN = whole_TD.double().unflatten(1, (-1, TILE))
         sums_ST2 = torch.stack((tiles_TSN.sum(-1), tiles_TSN.square().sum(-1)), -1).transpose(0, 1)
         assert torch.equal(found["stats"], sums_ST2.float())
+
+
+class _Ranks:
+    """Two ranks in threads of one process: who they are, and two ways to meet."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, rank: int, meeting: threading.Barrier, left: dict[int, Tensor]) -> None:
+        self.rank, self.size, self._meeting, self._left = rank, SIZE, meeting, left
+
+    def all_gather(self, tensor: Tensor, dim: int) -> Tensor:
+        self._left[self.rank] = tensor.clone()
+        self._meeting.wait(10)
+        whole = torch.stack([self._left[rank] for rank in range(SIZE)])
+        self._meeting.wait(10)
+        return whole.flatten()
+
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        return self.all_gather(tensor, 0).sum()
+
+
+def test_nobody_maps_memory_unless_all_ranks_have_some(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever went on alone would wait a minute for the others."""
+    mapped: list[int] = []
+
+    def symmetric(group: _Ranks) -> Tensor:
+        if group.rank == 1:
+            raise RuntimeError("no memory on rank 1")
+        return torch.zeros(1)
+
+    monkeypatch.setattr(module, "_check_links", lambda group: None)
+    monkeypatch.setattr(module, "_symmetric", symmetric)
+    monkeypatch.setattr(Peers, "_mapped", lambda group, own: mapped.append(group.rank))
+    meeting, left = threading.Barrier(SIZE), dict[int, Tensor]()
+    with ThreadPoolExecutor(SIZE) as pool:
+        groups: list[Any] = [_Ranks(rank, meeting, left) for rank in range(SIZE)]
+        assert list(pool.map(Peers.meet, groups)) == [None, None]
+    assert not mapped
 
 
 def test_what_is_too_large_or_lies_apart_is_left_to_others() -> None:

@@ -8,6 +8,7 @@ import typer
 from longwing.checkpoint import Checkpoint, QuantConfig, read_settings
 from longwing.cli.console import AsJson, print_json, print_rows
 from longwing.cli.options import find_model, length, one_of, size
+from longwing.engine.options import KV_DTYPES
 from longwing.errors import ConfigError, RequestError
 from longwing.models import DTYPES, ModelConfig
 from longwing.plan import (
@@ -28,7 +29,8 @@ from longwing.plan import (
 from longwing.plan import plan as plan_model
 
 _FLEET = "A fleet, with --rate"
-_NOT_SERVED = ", ".join(name for name in KV_FORMATS if name not in DTYPES)
+_SERVED = ", ".join(name for name in KV_FORMATS if name in KV_DTYPES)
+_NOT_SERVED = ", ".join(name for name in KV_FORMATS if name not in KV_DTYPES)
 
 
 class _Form(TypedDict):
@@ -75,7 +77,7 @@ def plan(
     kv_dtype: Annotated[
         str | None,
         typer.Option(
-            help=f"The cache: {', '.join(DTYPES)}; or, for planning only, not served yet: "
+            help=f"The cache: {_SERVED}; or, for planning only, not served: "
             f"{_NOT_SERVED}. Without it: dtype.",
             callback=one_of(KV_FORMATS),
         ),

@@ -197,9 +197,8 @@ class Group:
         Raises:
             EngineError: as `all_reduce`.
         """
-        self.all_reduce(
-            torch.zeros((), device=self.device)
-        ).item()  # of a shape peers leave to NCCL
+        nothing = torch.zeros((), device=self.device)  # of a shape that peers leave to NCCL
+        self.all_reduce(nothing).item()
 
     def close(self) -> None:
         """Leave the group; the others' next sum fails. Closing twice is harmless."""
