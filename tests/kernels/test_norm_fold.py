@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longwing.kernels import PackedWeight, dequantize, pack
+from longwing.kernels.digits import Digits
 from longwing.kernels.norm_fold import FoldedNorm, Scaled, through
 from longwing.kernels.streamed import stream
 
@@ -62,11 +63,11 @@ def test_products_around_a_folded_norm_are_those_of_the_norm(num_tokens: int, sh
     norms = [(_numbers(D, seed=i) * 0.2 + 1, _numbers(D, seed=i + 2)) for i in (1, 2)]
     hidden_TD = _numbers(num_tokens, D, seed=5) + shift
     out_TD, scaled = _sum(hidden_TD, [weight_D for weight_D, _ in norms])
-    for x_TD, (weight_D, bias_D), seed in zip(scaled.scaled_XTD, norms, (3, 4), strict=True):
+    for digits, (weight_D, bias_D), seed in zip(scaled.digits, norms, (3, 4), strict=True):
         packed, own_N = _weight(D, N, seed=seed), _numbers(N, seed=seed)
         level_N, bias_N = through(packed, weight_D, bias_D)
         got_TN = triton.packed_matmul(
-            x_TD,
+            digits,
             stream([packed], NUMBER),
             norm=FoldedNorm(stats_ST2=scaled.stats_ST2, level_N=level_N, eps=EPS),
             bias_N=bias_N + own_N,
@@ -94,9 +95,10 @@ def test_a_token_alone_and_among_others_is_the_same_to_the_last_bit() -> None:
         scaled = total.scaled
         norm = FoldedNorm(stats_ST2=scaled.stats_ST2, level_N=level_N, eps=EPS)
         got_TN = triton.packed_matmul(
-            scaled.scaled_XTD[0], stream([packed], NUMBER), norm=norm, bias_N=bias_N
+            scaled.digits[0], stream([packed], NUMBER), norm=norm, bias_N=bias_N
         )
-        results.append((out_TD[0], scaled.scaled_XTD[0, 0], scaled.stats_ST2[:, 0], got_TN[0]))
+        made_TD = scaled.digits[0].values()
+        results.append((out_TD[0], made_TD[0], scaled.stats_ST2[:, 0], got_TN[0]))
     for others in results[1:]:
         assert all(torch.equal(one, other) for one, other in zip(results[0], others, strict=True))
 
@@ -106,7 +108,9 @@ def test_what_the_norm_needs_is_made_by_a_product_alone_too() -> None:
     norm_D = _numbers(256, seed=1)
     out_TD, scaled = _sum(_numbers(2, 256, seed=5), [norm_D], num_products=1)
     expected_TD = (out_TD.float() * norm_D.float()).to(NUMBER)
-    assert torch.equal(scaled.scaled_XTD[0], expected_TD)
+    expected = Digits.of(expected_TD)
+    assert torch.equal(scaled.digits[0].digits_3TK, expected.digits_3TK)
+    assert torch.equal(scaled.digits[0].steps_CT, expected.steps_CT)
     tiles = out_TD.double().unflatten(1, (2, 128))
     stats_ST2 = torch.stack([tiles.sum(-1), tiles.square().sum(-1)], -1).transpose(0, 1)
     assert torch.allclose(scaled.stats_ST2.double(), stats_ST2, rtol=1e-6, atol=1e-5)

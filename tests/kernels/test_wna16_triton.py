@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from longwing.kernels import BITS, PackedWeight, dequantize, pack
-from longwing.kernels.streamed import below, fits, places, stream
+from longwing.kernels.streamed import fits, places, stream
 from longwing.layers import activation
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -138,38 +138,6 @@ def test_stacked_weights_are_multiplied_in_one_launch(num_tokens: int) -> None:
         _assert_product(out_TN, x_TK, part)
 
 
-@pytest.mark.parametrize("num_tokens", [2, 20, 257])
-def test_two_stacked_weights_may_each_have_their_input(num_tokens: int) -> None:
-    parts = [_weight(2, 128, 130, 64), _weight(2, 128, 90, 64, seed=5)]
-    x_XTK = _inputs(2, num_tokens, 128)
-    outs = triton.packed_matmul_many(x_XTK, stream(parts, torch.float16))
-    for part, x_TK, out_TN in zip(parts, x_XTK, outs, strict=True):
-        _assert_product(out_TN, x_TK, part)
-
-
-@pytest.mark.parametrize("group_size", [-1, 64])
-def test_weights_whose_products_are_added_become_one(group_size: int) -> None:
-    parts = [_weight(4, K, 40, group_size, seed=K, symmetric=False) for K in (128, 320)]
-    xs = [_inputs(3, K, seed=K) for K in (128, 320)]
-    whole = below(parts)
-    both_TK = torch.cat(xs, 1)
-    exact = [x.double() @ dequantize(p, torch.float64) for x, p in zip(xs, parts, strict=True)]
-    torch.testing.assert_close(both_TK.double() @ dequantize(whole, torch.float64), sum(exact))
-    _assert_product(triton.packed_matmul(both_TK, stream([whole], torch.float16)), both_TK, whole)
-
-
-def test_weights_to_be_added_may_have_their_inputs_in_an_order_of_their_own() -> None:
-    parts = [_weight(4, K, 40, 64, seed=K, act_order=K > 200) for K in (128, 320)]
-    x_TK = _inputs(3, 448)
-    streamed = stream([below(parts)], torch.float16)
-    exact_TN = sum(
-        x.double() @ dequantize(part, torch.float64)
-        for x, part in zip(x_TK.split([128, 320], 1), parts, strict=True)
-    )
-    error = (triton.packed_matmul(x_TK, streamed).double() - exact_TN).norm() / exact_TN.norm()
-    assert error < 5e-4
-
-
 @pytest.mark.parametrize(
     ("act", "num_tokens"),
     [*((act, 1) for act in fused_triton.ACTIVATIONS), ("gelu", 11), ("", 30), ("gelu", 260)],
@@ -278,7 +246,3 @@ def test_mismatches_are_refused() -> None:
         triton.packed_matmul(_inputs(1, 128), streamed)
     with pytest.raises(ValueError, match="2 parts"):
         triton.packed_matmul(_inputs(1, 256), stream([weight, weight], torch.float16))
-    with pytest.raises(ValueError, match="share one group size"):
-        below([_weight(4, 256, 8, 64), _weight(4, 256, 8, act_order=True)])
-    with pytest.raises(ValueError, match="same bits"):
-        below([weight, _weight(4, 256, 16)])

@@ -23,6 +23,7 @@ triton: Any = pytest.importorskip("triton")
 if type(triton.language.max).__name__ == "JITFunction":
     pytest.skip("this needs Triton's interpreter", allow_module_level=True)
 
+from longwing.kernels.digits import Digits
 from longwing.kernels.norm_fold import Scaled  # noqa: E402
 from longwing.parallel import Group  # noqa: E402
 from longwing.parallel import peers as module  # noqa: E402
@@ -90,12 +91,22 @@ def test_what_is_added_to_and_the_norms_that_follow_are_part_of_the_sum(tmp_path
         group.peers = peers
         scaled = group.add_sum(own_TD, _part(peers.rank, 0), tuple(norms_XD))
         assert isinstance(scaled, Scaled)
-        return {"hidden": own_TD, "scaled": scaled.scaled_XTD, "stats": scaled.stats_ST2}
+        return {
+            "hidden": own_TD,
+            "digits": scaled.digits_X3TK,
+            "steps": scaled.steps_XCT,
+            "stats": scaled.stats_ST2,
+        }
 
     for found in _by_two(step, tmp_path):
         whole_TD = (_part(0, 0).float() + _part(1, 0).float() + hidden_TD.float()).half()
         assert torch.equal(found["hidden"], whole_TD)
-        assert torch.equal(found["scaled"], (whole_TD.float() * norms_XD[:, None].float()).half())
+        for norm_D, digits_3TK, steps_CT in zip(
+            norms_XD, found["digits"], found["steps"], strict=True
+        ):
+            scaled = Digits.of((whole_TD.float() * norm_D.float()).half())
+            assert torch.equal(digits_3TK, scaled.digits_3TK)
+            assert torch.equal(steps_CT, scaled.steps_CT)
         tiles_TSN = whole_TD.double().unflatten(1, (-1, TILE))
         sums_ST2 = torch.stack((tiles_TSN.sum(-1), tiles_TSN.square().sum(-1)), -1).transpose(0, 1)
         assert torch.equal(found["stats"], sums_ST2.float())

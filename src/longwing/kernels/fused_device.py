@@ -7,6 +7,8 @@ Shape key: T tokens, D model dim, F features of an MLP.
 import triton
 import triton.language as tl
 
+from longwing.kernels.digits_device import leave_digits
+
 
 @triton.jit
 def _sigmoid(x):
@@ -62,10 +64,33 @@ def arranged(at):
 
 
 @triton.jit
+def _leave_digits(y, at, there, token, T, D, out_ptr, steps_ptr):
+    """Numbers of one token, whole blocks of 128 of them, as `Digits`."""
+    blocks: tl.constexpr = y.shape[0] // 128
+    y = tl.where(there, y, 0.0).reshape(blocks, 128)
+    block_B = tl.min(at.reshape(blocks, 128), axis=1) // 128
+    token_B = tl.full((blocks,), 0, tl.int32) + token
+    chunks = tl.cdiv(D, 128)
+    leave_digits(y, block_B, token_B, block_B < chunks, T, chunks, out_ptr, steps_ptr)
+
+
+@triton.jit
+def _leave_normed(y, at, there, token, D, out_ptr, steps_ptr, ARRANGE: tl.constexpr):
+    """One token's numbers, already rounded: as such, or as digits."""
+    if steps_ptr is not None:
+        _leave_digits(y, at, there, token, tl.num_programs(0), D, out_ptr, steps_ptr)
+    else:
+        to = token.to(tl.int64) * D + (arranged(at) if ARRANGE else at)
+        tl.store(out_ptr + to, y.to(out_ptr.dtype.element_ty), mask=there)
+
+
+@triton.jit
 def normalise(
     x_ptr,
     out_ptr,
+    steps_ptr,
     second_ptr,
+    second_steps_ptr,
     weight_ptr,
     bias_ptr,
     second_weight_ptr,
@@ -79,11 +104,12 @@ def normalise(
     """One token's LayerNorm (CENTRED) or RMSNorm; under a second weight, too, if there is one.
 
     Everything in float32, as the references have it: a LayerNorm is rounded once, an RMSNorm before
-    its weight and after it.
+    its weight and after it. With steps_ptr what comes out is `Digits`, else numbers.
     """
-    token = tl.program_id(0).to(tl.int64)
+    token = tl.program_id(0)
     at = tl.arange(0, BLOCK)
     there = at < D
+    number = x_ptr.dtype.element_ty
     # Before the sums: these are on their way meanwhile.
     weight = tl.load(weight_ptr + at, mask=there)
     if CENTRED:
@@ -91,22 +117,23 @@ def normalise(
         if second_ptr is not None:
             second_weight = tl.load(second_weight_ptr + at, mask=there)
             second_bias = tl.load(second_bias_ptr + at, mask=there)
-    x = tl.load(x_ptr + token * D + at, mask=there, other=0.0).to(tl.float32)
+    x = tl.load(x_ptr + token.to(tl.int64) * D + at, mask=there, other=0.0).to(tl.float32)
     if CENTRED:
         mean = tl.sum(x) / D
         x = tl.where(there, x - mean, 0.0)
     x *= tl.rsqrt(tl.sum(x * x) / D + eps)
-    to = token * D + (arranged(at) if ARRANGE else at)
-    number = out_ptr.dtype.element_ty
     if CENTRED:
         y = x * weight.to(tl.float32) + bias.to(tl.float32)
-        tl.store(out_ptr + to, y.to(number), mask=there)
+        y = y.to(number).to(tl.float32)
+        _leave_normed(y, at, there, token, D, out_ptr, steps_ptr, ARRANGE)
         if second_ptr is not None:
             y = x * second_weight.to(tl.float32) + second_bias.to(tl.float32)
-            tl.store(second_ptr + to, y.to(number), mask=there)
+            y = y.to(number).to(tl.float32)
+            _leave_normed(y, at, there, token, D, second_ptr, second_steps_ptr, ARRANGE)
     else:
         y = x.to(number).to(tl.float32) * weight.to(tl.float32)
-        tl.store(out_ptr + to, y.to(number), mask=there)
+        y = y.to(number).to(tl.float32)
+        _leave_normed(y, at, there, token, D, out_ptr, steps_ptr, ARRANGE)
 
 
 @triton.jit(do_not_specialize=["x_stride", "gate_stride", "out_stride"])
@@ -114,6 +141,7 @@ def activate_rows(
     x_ptr,
     gate_ptr,
     out_ptr,
+    steps_ptr,
     F,
     x_stride,
     gate_stride,
@@ -121,16 +149,24 @@ def activate_rows(
     act: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Some features of one token: act(x), or act(gate) * x, each rounded as the references do."""
-    token = tl.program_id(0).to(tl.int64)
+    """Some features of one token: act(x), or act(gate) * x, each rounded as the references do.
+
+    With steps_ptr what comes out is `Digits`, else numbers.
+    """
+    token = tl.program_id(0)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     there = at < F
-    x = tl.load(x_ptr + token * x_stride + at, mask=there)
-    number = out_ptr.dtype.element_ty
+    x = tl.load(x_ptr + token.to(tl.int64) * x_stride + at, mask=there)
+    number = x_ptr.dtype.element_ty
     if gate_ptr is not None:
-        gate = tl.load(gate_ptr + token * gate_stride + at, mask=there).to(tl.float32)
+        gate = tl.load(gate_ptr + token.to(tl.int64) * gate_stride + at, mask=there).to(tl.float32)
         activated = activate(gate, act).to(number).to(tl.float32)
         y = activated * x.to(tl.float32)
     else:
         y = activate(x.to(tl.float32), act)
-    tl.store(out_ptr + token * out_stride + at, y.to(number), mask=there)
+    if steps_ptr is not None:
+        y = y.to(number).to(tl.float32)
+        _leave_digits(y, at, there, token, tl.num_programs(0), F, out_ptr, steps_ptr)
+    else:
+        to = out_ptr + token.to(tl.int64) * out_stride + at
+        tl.store(to, y.to(number), mask=there)

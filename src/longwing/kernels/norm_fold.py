@@ -4,7 +4,7 @@ With mean m and deviation s of a token's hidden state x, and a norm of weight w 
 
     LayerNorm(x) @ W = ((x w) @ W - m (w @ W)) / s + b @ W
 
-so whoever makes x writes x w as well, and what m and s are made of (`Scaled`); the product is of
+so whoever makes x leaves x w as well, and what m and s are made of (`Scaled`); the product is of
 x w; and its way out, where m and s are needed at last, does the rest (`FoldedNorm`). Beside the
 norm itself x w is rounded once, as the norm's result would be.
 
@@ -23,6 +23,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from longwing.kernels.digits import BLOCK, NUM_DIGITS, Digits
 from longwing.kernels.streamed import take_outputs
 from longwing.kernels.wna16 import PackedWeight, dequantize
 
@@ -36,13 +37,17 @@ class Scaled:
 
     Attributes:
         weights_D: of each of X norms, one or two.
-        scaled_XTD: x times each.
+        digits_X3TK: x times each, rounded, as the digits of `Digits`.
+        steps_XCT: float32, and their steps.
         stats_ST2: float32 sums of each tile of x, and sums of its squares.
+        dtype: of x.
     """
 
     weights_D: tuple[Tensor, ...]
-    scaled_XTD: Tensor
+    digits_X3TK: Tensor
+    steps_XCT: Tensor
     stats_ST2: Tensor
+    dtype: torch.dtype
 
     @classmethod
     def like(cls, hidden_TD: Tensor, weights_D: Sequence[Tensor], tile: int) -> Self:
@@ -54,10 +59,26 @@ class Scaled:
         if len(weights_D) not in (1, 2):
             raise ValueError(f"{len(weights_D)} norms of one token: one or two can be folded")
         T, D = hidden_TD.shape
+        X, blocks = len(weights_D), -(-D // BLOCK)
         return cls(
             weights_D=tuple(weights_D),
-            scaled_XTD=hidden_TD.new_empty(len(weights_D), T, D),
+            digits_X3TK=hidden_TD.new_empty(X, NUM_DIGITS, T, blocks * BLOCK, dtype=torch.int8),
+            steps_XCT=hidden_TD.new_empty(X, blocks, T, dtype=torch.float32),
             stats_ST2=hidden_TD.new_empty(-(-D // tile), T, 2, dtype=torch.float32),
+            dtype=hidden_TD.dtype,
+        )
+
+    @property
+    def digits(self) -> tuple[Digits, ...]:
+        """Under each norm's weights."""
+        return tuple(
+            Digits(
+                num_features=len(self.weights_D[0]),
+                dtype=self.dtype,
+                digits_3TK=digits_3TK,
+                steps_CT=steps_CT,
+            )
+            for digits_3TK, steps_CT in zip(self.digits_X3TK, self.steps_XCT, strict=True)
         )
 
 

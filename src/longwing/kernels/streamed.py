@@ -8,9 +8,11 @@ Shape key: T tokens, K in features, N out features, G groups, C chunks of 128 in
 The one idea: the tensor cores multiply as soon as a thread holds its fragment, so a weight is
 stored where its thread will want it. Weights are the left operand (outputs are rows). A *cell* is
 32 outputs by 128 inputs. Lane 4 g + t of a warp holds, of the rows g, g + 8, g + 16 and g + 24, the
-inputs 32 s + 16 a + 4 t + 2 u + h (s < 4; a, u, h < 2). Those 32 values of a row are 16 *pairs*
-p = 4 s + 2 a + u, the two halves h of a 32-bit word at the same place, and fill `bits` words. So a
-warp reads a cell as `bits` loads of 16 bytes a lane, 512 in a row, and no weight changes lanes.
+inputs 32 s + 16 a + 4 t + 2 u + h (s < 4; a, u, h < 2). Those 32 values of a row fill `bits` words.
+In each, four of one s and u lie at the same place of its four bytes 2 h + a; so they are the operand
+of an 8-bit tensor core once all other bits are masked out, and the two of one a as well are a *pair*
+p = 4 s + 2 a + u in the halves h, two 16-bit numbers. A warp reads a cell as `bits` loads of 16
+bytes a lane, 512 in a row, and no weight changes lanes. Values lie less 2**(bits - 1), as signed.
 """
 
 import math
@@ -140,37 +142,6 @@ def stream(parts: Sequence[PackedWeight], dtype: torch.dtype) -> StreamedWeight:
     )
 
 
-def below(parts: Sequence[PackedWeight]) -> PackedWeight:
-    """Matrices whose products are added, as one over the inputs of all: (K1 + K2 + ..., N).
-
-    Falcon's attention and MLP write to the same sum: their output projections become one launch.
-
-    Raises:
-        ValueError: parts that differ in bits or outputs, or a g_idx beside groups of another size.
-    """
-    first = parts[0]
-    size, shuffled = _joint_group(parts)
-    sizes = [_own_group(part) for part in parts]
-    scales_GN, zeros_GN = (
-        torch.cat(
-            [x.repeat_interleave(own // size, 0) for x, own in zip(tensors, sizes, strict=True)]
-        )
-        for tensors in ([part.scales_GN for part in parts], [part.zeros_GN for part in parts])
-    )
-    groups_before, g_idx = 0, []
-    for part in parts if shuffled else ():
-        g_idx.append(part.group_of_row_K().to(torch.int32) + groups_before)
-        groups_before += part.in_features // size
-    return replace(
-        first,
-        group_size=size,
-        qweight_WN=torch.cat([part.qweight_WN for part in parts]),
-        scales_GN=scales_GN,
-        zeros_GN=zeros_GN,
-        g_idx_K=torch.cat(g_idx) if g_idx else None,
-    )
-
-
 def stackable(parts: Sequence[PackedWeight]) -> bool:
     """Whether `stream` takes these together."""
     first = parts[0]
@@ -207,22 +178,6 @@ def _can_be_even(weight: PackedWeight) -> bool:
     return weight.g_idx_K is not None and _own_group(weight) >= FINEST_GROUP
 
 
-def _joint_group(parts: Sequence[PackedWeight]) -> tuple[int, bool]:
-    """The group size of weights to be added, and whether any has its groups in disorder."""
-    first = parts[0]
-    if any((part.bits, part.out_features) != (first.bits, first.out_features) for part in parts):
-        raise ValueError("weights to be added must have the same bits and outputs")
-    sizes = [_own_group(part) for part in parts]
-    size = math.gcd(*sizes)
-    shuffled = any(
-        part.g_idx_K is not None and own != part.in_features
-        for part, own in zip(parts, sizes, strict=True)
-    )
-    if shuffled and any(own != size for own in sizes):
-        raise ValueError(f"weights to be added with a g_idx must share one group size, not {sizes}")
-    return size, shuffled
-
-
 def _lay_out(
     weight: PackedWeight, group_size: int, order_K: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -253,7 +208,8 @@ def _lay_out(
 
 def _cells(q_NK: Tensor, bits: int) -> Tensor:
     """(N, K) values to (N / 32, C, bits, 128) words."""
-    q = q_NK.to(torch.int32).reshape(-1, 4, 8, q_NK.shape[1] // CELL_IN, 8, 4, 2, 2)
+    signed_NK = q_NK.to(torch.int32) ^ (1 << (bits - 1))
+    q = signed_NK.reshape(-1, 4, 8, q_NK.shape[1] // CELL_IN, 8, 4, 2, 2)
     # (panel, row of four, g, chunk, sa, t, u, h) -> (panel, chunk, sa, u, h, g, t, row of four).
     q = q.permute(0, 3, 4, 6, 7, 2, 5, 1).flatten(5).flatten(2, 3)
     pairs = q[:, :, :, 0] | q[:, :, :, 1] << 16
@@ -268,15 +224,20 @@ def _cells(q_NK: Tensor, bits: int) -> Tensor:
 def places(bits: int) -> list[list[tuple[int, int, int, int]]]:
     """For each of 16 pairs its pieces: (word, place in the half, lowest bit, width).
 
-    With three bits, five pairs fill all but the highest bit of each half of a word. The sixteenth
-    pair is cut into those of the three words.
+    Of the eight s, u of a byte, each word has as many as fit. With three bits that is two, and two
+    bits are left over: of the words 0 and 2 the upper ones of s = 3, of word 1 their lowest.
     """
-    if bits != 3:
-        per_word = 16 // bits
-        return [[(pair // per_word, pair % per_word * bits, 0, bits)] for pair in range(16)]
-    pieces = [[(pair // 4, pair % 4 * 3, 0, 3)] for pair in range(12)]
-    pieces += [[(word, 12, 0, 3)] for word in range(3)]
-    return [*pieces, [(word, 15, word, 1) for word in range(3)]]
+    pieces = []
+    for pair in range(16):
+        (s, a, u), per_byte = (pair // 4, pair // 2 % 2, pair % 2), 8 // bits
+        word, within = divmod(2 * s + u, per_byte)
+        if bits != 3:
+            pieces.append([(word, 8 * a + within * bits, 0, bits)])
+        elif s < 3:
+            pieces.append([(word, 8 * a + 2 + 3 * within, 0, 3)])
+        else:
+            pieces.append([(2 * u, 8 * a, 1, 2), (1, 8 * a + u, 0, 1)])
+    return pieces
 
 
 def _by_lane(x_GN: Tensor) -> Tensor:

@@ -7,10 +7,11 @@ Shape key: N out features, R panels of 32 outputs in a tile (one a warp). Names 
 numbers, (R, 128 lanes and words, h, then the four bits of the pair); `w` the same as an operand,
 (32 R, inputs); `sums` (32 R, tokens) float32.
 
-The one idea: a pair of values becomes two 16-bit floats by one AND-OR, which sets a power of two
+The one idea: a pair of values becomes two 16-bit floats by one AND-XOR, which sets a power of two
 above them as exponent, and one packed subtraction of that power and the zero point. The difference
 is a small integer, exact; it is multiplied as such, and scales multiply the float32 sums of a
-group. So no weight is rounded, and to unpack one costs 1.4 instructions at 4 bits.
+group. So no weight is rounded, and to unpack one costs 1.4 instructions at 4 bits. For few tokens
+that is still too many, and `wna16_bytes.py` takes cells as bytes.
 
 Every block is written so that what a lane loads is what its tensor core wants: reshapes, permutes
 and joins below only rename registers. That is Triton's to find out, and it holds for 3.6 and 3.7;
@@ -41,39 +42,41 @@ def _field(
 ):
     """The pairs at one place of the words, less their zero points: (R, 128, 2).
 
-    Fields share a shift where the mantissa has room for several: the one at its bit b counts 2**b
-    times as much, so its exponent is set b lower.
+    Fields of a byte share a shift where the mantissa has room for several: the one at its bit b
+    counts 2**b times as much, so its exponent is set b lower.
     """
     mantissa: tl.constexpr = 10 if number == tl.float16 else 7
-    b: tl.constexpr = place % ((mantissa - 1) // bits * bits)
+    room: tl.constexpr = mantissa - bits - (0 if sym else 1)
+    b: tl.constexpr = place % 8 if place % 8 <= room else 0
+    middle: tl.constexpr = 1 << (bits - 1)
     mask: tl.constexpr = (((1 << bits) - 1) << b) * 0x10001
+    turned: tl.constexpr = (middle << b) * 0x10001
     above: tl.constexpr = 1 << (mantissa - b)
     exponent = magic - (b << mantissa) * 0x10001
     values = (words >> (place - b)) & mask
     if sym:
-        middle: tl.constexpr = 1 << (bits - 1)
-        return _halves(values | exponent, number) - tl.full((), above + middle, number)
+        return _halves(values ^ (exponent + turned), number) - tl.full((), above + middle, number)
     else:
         # Half way up to the next power no zero point leads below: integers subtract it.
         half: tl.constexpr = (1 << (mantissa - 1)) * 0x10001
-        pairs = values + (exponent + half - (zeros << b))
+        pairs = (values ^ turned) + (exponent + half - (zeros << b))
         return _halves(pairs, number) - tl.full((), above + above // 2, number)
 
 
 @triton.jit
 def _byte(words, magic, zeros, place: tl.constexpr, number: tl.constexpr, sym: tl.constexpr):
-    """`_field` for 8 bits. bfloat16 has 7 below its exponent: the eighth is added as 2 * 64."""
+    """`_field` for 8 bits. bfloat16 has 7 below its exponent: the eighth, the sign, is 2 * 64."""
     if number == tl.float16:
         return _field(words, magic, zeros, place, 8, number, sym)
     else:
         words = words >> place
         low = _halves((words & 0x7F007F) | magic, number)
-        top = _halves((words & 0x800080) << 7, number) * tl.full((), 64, number)
+        sign = _halves((words & 0x800080) << 7, number) * tl.full((), 64, number)
+        signed = (low - tl.full((), 128, number)) - sign
         if sym:
-            return (low - tl.full((), 256, number)) + top
+            return signed
         else:
-            zero = (zeros & 0xFF).to(tl.float32).to(number)[:, :, None]
-            return ((low - tl.full((), 128, number)) + top) - zero
+            return signed + (128 - (zeros & 0xFF)).to(tl.float32).to(number)[:, :, None]
 
 
 @triton.jit
@@ -84,27 +87,31 @@ def _join4(a, b, c, d):
 @triton.jit
 def _four(
     words,
+    others,
     magic,
     zeros,
     place: tl.constexpr,
+    other_place: tl.constexpr,
     bits: tl.constexpr,
     number: tl.constexpr,
     sym: tl.constexpr,
 ):
-    """Four pairs that follow each other in a word."""
+    """The pairs a, u = 0 0, 0 1, 1 0, 1 1: those of u = 1 in `others`, those of a = 1 8 bits up."""
     return _join4(
         _field(words, magic, zeros, place, bits, number, sym),
-        _field(words, magic, zeros, place + bits, bits, number, sym),
-        _field(words, magic, zeros, place + 2 * bits, bits, number, sym),
-        _field(words, magic, zeros, place + 3 * bits, bits, number, sym),
+        _field(others, magic, zeros, other_place, bits, number, sym),
+        _field(words, magic, zeros, place + 8, bits, number, sym),
+        _field(others, magic, zeros, other_place + 8, bits, number, sym),
     )
 
 
 @triton.jit
-def _four_bytes(a, b, magic, zeros, number: tl.constexpr, sym: tl.constexpr):
-    return tl.join(
-        tl.join(_byte(a, magic, zeros, 0, number, sym), _byte(a, magic, zeros, 8, number, sym)),
-        tl.join(_byte(b, magic, zeros, 0, number, sym), _byte(b, magic, zeros, 8, number, sym)),
+def _four_bytes(words, others, magic, zeros, number: tl.constexpr, sym: tl.constexpr):
+    return _join4(
+        _byte(words, magic, zeros, 0, number, sym),
+        _byte(others, magic, zeros, 0, number, sym),
+        _byte(words, magic, zeros, 8, number, sym),
+        _byte(others, magic, zeros, 8, number, sym),
     )
 
 
@@ -115,33 +122,31 @@ def _numbers(
     """Read a cell for each panel, as `q`, from (R, 128) addresses of the first words.
 
     `magic` is the exponent of 128 (bfloat16) or 1024 (float16) in both halves; an argument, since
-    AND-OR with two constants in the code is two instructions. z0 to z3 are the zero points of the
+    AND-XOR with two constants in the code is two instructions. z0 to z3 are the zero points of the
     quarters of a cell's inputs, in both halves.
     """
     w0 = tl.load(at)
     w1 = tl.load(at + 128)
     if bits == 2:
-        q0 = _four(w0, magic, z0, 0, 2, number, sym)
-        q1 = _four(w0, magic, z1, 8, 2, number, sym)
-        q2 = _four(w1, magic, z2, 0, 2, number, sym)
-        q3 = _four(w1, magic, z3, 8, 2, number, sym)
+        q0 = _four(w0, w0, magic, z0, 0, 2, 2, number, sym)
+        q1 = _four(w0, w0, magic, z1, 4, 6, 2, number, sym)
+        q2 = _four(w1, w1, magic, z2, 0, 2, 2, number, sym)
+        q3 = _four(w1, w1, magic, z3, 4, 6, 2, number, sym)
     elif bits == 3:
         w2 = tl.load(at + 256)
-        spare = (w0 >> 15) & 0x10001 | (w1 >> 14) & 0x20002 | (w2 >> 13) & 0x40004
-        q0 = _four(w0, magic, z0, 0, 3, number, sym)
-        q1 = _four(w1, magic, z1, 0, 3, number, sym)
-        q2 = _four(w2, magic, z2, 0, 3, number, sym)
-        q3 = _join4(
-            _field(w0, magic, z3, 12, 3, number, sym),
-            _field(w1, magic, z3, 12, 3, number, sym),
-            _field(w2, magic, z3, 12, 3, number, sym),
-            _field(spare, magic, z3, 0, 3, number, sym),
-        )
+        spare = (w0 & 0x03030303) << 1 | w1 & 0x01010101
+        other = (w2 & 0x03030303) << 1 | (w1 >> 1) & 0x01010101
+        q0 = _four(w0, w0, magic, z0, 2, 5, 3, number, sym)
+        q1 = _four(w1, w1, magic, z1, 2, 5, 3, number, sym)
+        q2 = _four(w2, w2, magic, z2, 2, 5, 3, number, sym)
+        q3 = _four(spare, other, magic, z3, 0, 0, 3, number, sym)
     elif bits == 4:
-        q0 = _four(w0, magic, z0, 0, 4, number, sym)
-        q1 = _four(w1, magic, z1, 0, 4, number, sym)
-        q2 = _four(tl.load(at + 256), magic, z2, 0, 4, number, sym)
-        q3 = _four(tl.load(at + 384), magic, z3, 0, 4, number, sym)
+        w2 = tl.load(at + 256)
+        w3 = tl.load(at + 384)
+        q0 = _four(w0, w0, magic, z0, 0, 4, 4, number, sym)
+        q1 = _four(w1, w1, magic, z1, 0, 4, 4, number, sym)
+        q2 = _four(w2, w2, magic, z2, 0, 4, 4, number, sym)
+        q3 = _four(w3, w3, magic, z3, 0, 4, 4, number, sym)
     else:
         q0 = _four_bytes(w0, w1, magic, z0, number, sym)
         q1 = _four_bytes(tl.load(at + 256), tl.load(at + 384), magic, z1, number, sym)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from longwing.kernels.streamed import TILE_OUT, TOKEN_TILES, StreamedWeight
 
 NARROW_TOKENS = 8
-"""Up to here mma.sync takes all tokens as one block; above, wgmma takes 16, 32 or 64."""
+"""Up to here mma.sync takes the digits of all tokens; above, wgmma takes 16, 32 or 64 tokens."""
 
 STREAM_TOKENS = 256
 """Above this a dense slice and cuBLAS are faster (measured on an H200, bench/kernels.py)."""
@@ -37,7 +37,7 @@ class Cut:
     """How a launch is cut up.
 
     Attributes:
-        tokens: columns of a program's tile: 8 narrow, 16, 32 or 64 wide.
+        tokens: of a program's tile: 2 or 8 narrow, 16, 32 or 64 wide.
         splits: programs that share a tile's inputs.
         stages: chunks in flight for each program.
     """
@@ -48,7 +48,7 @@ class Cut:
 
     @property
     def wide(self) -> bool:
-        """Whether the tile is multiplied by wgmma, rather than by mma.sync."""
+        """Whether numbers are multiplied, by wgmma, rather than digits, by mma.sync."""
         return self.tokens > NARROW_TOKENS
 
 
@@ -61,10 +61,12 @@ def choose_cut(weight: StreamedWeight, num_tokens: int, chunks_each: int | None 
     16 tokens, of which fewer run at once, take twice as many.
     """
     tiles, chunks = weight.starts[-1] // TILE_OUT, weight.words.shape[1]
+    narrow = 2 if num_tokens <= 2 else 8
     if num_tokens <= NARROW_TOKENS and chunks_each:
-        return Cut(tokens=8, splits=max(round(chunks / chunks_each), 1), stages=4)
+        return Cut(tokens=narrow, splits=max(round(chunks / chunks_each), 1), stages=4)
     if num_tokens <= NARROW_TOKENS:
-        return Cut(tokens=8, splits=min(max(round(NARROW_PROGRAMS / tiles), 1), chunks), stages=3)
+        splits = min(max(round(NARROW_PROGRAMS / tiles), 1), chunks)
+        return Cut(tokens=narrow, splits=splits, stages=3)
     tokens = next((tokens for tokens in (16, 32) if num_tokens <= tokens), 64)
     stages = 5 if tokens <= 32 else 3
     token_tiles = -(-num_tokens // tokens)

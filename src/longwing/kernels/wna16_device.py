@@ -1,7 +1,8 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 """What the GPU runs to multiply by streamed weights, in Triton. Launched by `wna16_triton.py`.
 
-How words become operands is in `wna16_cells.py`; the layout is `streamed.py`'s.
+How words become operands is in `wna16_cells.py`, and for few tokens in `wna16_bytes.py`; the layout
+is `streamed.py`'s.
 
 Shape key: T tokens, K in features, N out features, R panels of 32 outputs in a tile (one a warp);
 `q` and `w` are cells as whole numbers and as operands, `sums` (32 R, tokens) float32.
@@ -14,7 +15,9 @@ norm, bias, activation, residual, and what the next norm needs. So no launch wai
 import triton
 import triton.language as tl
 
+from longwing.kernels.digits_device import leave_digits
 from longwing.kernels.fused_device import activate, arranged
+from longwing.kernels.wna16_bytes import sum_by_bytes
 from longwing.kernels.wna16_cells import (
     as_operand,
     operand_rows,
@@ -37,12 +40,11 @@ def _add_group(
     panel,
     R: tl.constexpr,
     width: tl.constexpr,
-    wide: tl.constexpr,
     even: tl.constexpr,
     grouped: tl.constexpr,
 ):
     """Sums plus the products over inputs k to k + width, scaled unless one scale serves all."""
-    w = as_operand(q, R, width, wide)
+    w = as_operand(q, R, width, True)
     scales = row_scales(row_ptr, panel, R) if grouped else 1.0  # on its way before the product is
     inputs = k + tl.arange(0, width)[:, None]
     valid = (t < T)[None, :]
@@ -81,9 +83,19 @@ def _normed(
 
 
 @triton.jit
-def _scale_for(norm_ptr, scaled_ptr, x, n, at, valid, width, number: tl.constexpr):
+def _leave_digits(x, tile, t, T, width, digits_ptr, steps_ptr):
+    """A tile's (128, tokens) results as a block of each token's digits."""
+    block = tile + tl.zeros(t.shape, tl.int32)
+    leave_digits(tl.trans(x), block, t, t < T, T, tl.cdiv(width, 128), digits_ptr, steps_ptr)
+
+
+@triton.jit
+def _scale_for(
+    norm_ptr, digits_ptr, steps_ptr, x, n, tile, t, T, width, number: tl.constexpr
+):  # fmt: skip
     weight = tl.load(norm_ptr + n, mask=n < width, other=0.0).to(tl.float32)
-    tl.store(scaled_ptr + at, (x * weight[:, None]).to(number), mask=valid)
+    scaled = (x * weight[:, None]).to(number).to(tl.float32)
+    _leave_digits(scaled, tile, t, T, width, digits_ptr, steps_ptr)
 
 
 @triton.jit
@@ -104,9 +116,10 @@ def _give(
     more_stride,
     out_ptr,
     out_stride,
+    digits_ptr,
+    steps_ptr,
     norm_ptr,
     second_norm_ptr,
-    scaled_ptr,
     next_stats_ptr,
     number: tl.constexpr,
     act: tl.constexpr,
@@ -115,7 +128,7 @@ def _give(
 ):
     """Sums to results: normed, plus a bias, through the activation, plus what was there before.
 
-    And, if a norm is to follow, what `_normed` will want.
+    And, for few tokens, what the products that follow will want.
     """
     valid = (t < T)[None, :] & (n < width)[:, None]
     if stats_ptr is not None:
@@ -130,16 +143,20 @@ def _give(
     at = t.to(tl.int64)[None, :] * out_stride + place[:, None]
     rounded = sums.to(number)
     tl.store(out_ptr + at, rounded, mask=valid)
-    if norm_ptr is not None:
+    if digits_ptr is not None:
         x = tl.where(valid, rounded.to(tl.float32), 0.0)
-        at = t.to(tl.int64)[None, :] * width + n[:, None]
-        _scale_for(norm_ptr, scaled_ptr, x, n, at, valid, width, number)
-        if second_norm_ptr is not None:
-            second = scaled_ptr + T.to(tl.int64) * width
-            _scale_for(second_norm_ptr, second, x, n, at, valid, width, number)
-        at = (tile * T + t) * 2
-        tl.store(next_stats_ptr + at, _total(x).to(tl.float32), mask=t < T)
-        tl.store(next_stats_ptr + at + 1, _total(x * x).to(tl.float32), mask=t < T)
+        if norm_ptr is None:
+            _leave_digits(x, tile, t, T, width, digits_ptr, steps_ptr)
+        else:
+            _scale_for(norm_ptr, digits_ptr, steps_ptr, x, n, tile, t, T, width, number)
+            if second_norm_ptr is not None:
+                blocks = tl.cdiv(width, 128)
+                digits_ptr += 3 * T.to(tl.int64) * blocks * 128
+                steps_ptr += T.to(tl.int64) * blocks
+                _scale_for(second_norm_ptr, digits_ptr, steps_ptr, x, n, tile, t, T, width, number)
+            at = (tile * T + t) * 2
+            tl.store(next_stats_ptr + at, _total(x).to(tl.float32), mask=t < T)
+            tl.store(next_stats_ptr + at + 1, _total(x * x).to(tl.float32), mask=t < T)
 
 
 @triton.jit
@@ -154,6 +171,68 @@ def _merged(n, t, T, N, splits, partial_ptr, at_once: tl.constexpr):
     return sums
 
 
+@triton.jit
+def _sum_by_numbers(
+    x_ptr,
+    words_ptr,
+    scales_ptr,
+    zeros_ptr,
+    panel,
+    t,
+    T,
+    K,
+    N,
+    begin,
+    end,
+    chunks,
+    chunks_per_group,
+    magic,
+    bits: tl.constexpr,
+    number: tl.constexpr,
+    groups: tl.constexpr,
+    sym: tl.constexpr,
+    even: tl.constexpr,
+    R: tl.constexpr,
+    tokens: tl.constexpr,
+    stages: tl.constexpr,
+):
+    """(32 R, tokens) float32 sums over the chunks from begin to end, by 16-bit tensor cores."""
+    width: tl.constexpr = 128 // max(groups, 1)
+    sums = tl.zeros((32 * R, tokens), tl.float32)
+    for c in tl.range(begin, end, num_stages=stages):
+        g = c // chunks_per_group * max(groups, 1)
+        q = read_cells(
+            words_ptr, zeros_ptr, panel, c, chunks, g, N, magic, bits, number, groups, sym, R
+        )
+        k = c * 128
+        s = scales_ptr + g * N
+        if groups < 2:
+            sums = _add_group(sums, q, x_ptr, t, T, k, K, s, panel, R, width, even, groups > 0)
+        elif groups == 2:
+            q0, q1 = tl.split(q)
+            sums = _add_group(sums, q0, x_ptr, t, T, k, K, s, panel, R, 64, even, True)
+            k += 64
+            s += N
+            sums = _add_group(sums, q1, x_ptr, t, T, k, K, s, panel, R, 64, even, True)
+        else:
+            low, high = tl.split(q)
+            q0, q1 = tl.split(low)
+            q2, q3 = tl.split(high)
+            sums = _add_group(sums, q0, x_ptr, t, T, k, K, s, panel, R, 32, even, True)
+            k += 32
+            s += N
+            sums = _add_group(sums, q1, x_ptr, t, T, k, K, s, panel, R, 32, even, True)
+            k += 32
+            s += N
+            sums = _add_group(sums, q2, x_ptr, t, T, k, K, s, panel, R, 32, even, True)
+            k += 32
+            s += N
+            sums = _add_group(sums, q3, x_ptr, t, T, k, K, s, panel, R, 32, even, True)
+    if groups == 0:
+        sums = scaled_rows(sums, row_scales(scales_ptr, panel, R))
+    return sums
+
+
 @triton.jit(
     do_not_specialize=[
         "T",
@@ -163,13 +242,14 @@ def _merged(n, t, T, N, splits, partial_ptr, at_once: tl.constexpr):
         "more_stride",
         "out_stride",
         "chunks",
-        "second_from",
         "magic",
+        "two",
         "input_tiles",
     ]
 )
 def multiply(
     x_ptr,
+    x_steps_ptr,
     words_ptr,
     scales_ptr,
     zeros_ptr,
@@ -178,9 +258,10 @@ def multiply(
     bias_ptr,
     more_ptr,
     out_ptr,
+    digits_ptr,
+    steps_ptr,
     norm_ptr,
     second_norm_ptr,
-    scaled_ptr,
     next_stats_ptr,
     partial_ptr,
     arrivals_ptr,
@@ -194,8 +275,8 @@ def multiply(
     out_stride,
     chunks,
     chunks_per_group,
-    second_from,
     magic,
+    two,
     eps,
     input_tiles,
     bits: tl.constexpr,
@@ -219,14 +300,16 @@ def multiply(
 
     What is not plain from the names:
 
-    - x_ptr: (T, K), or (2, T, K): outputs from `second_from` on read the second.
+    - x_ptr, x_steps_ptr: wide, (T, K) and None; else `Digits` of the inputs.
     - stats_ptr: (input tiles, T, 2) float32 sums and sums of squares of what the inputs were before
       a norm's weights, and level_ptr: (N,) float32 products of those; or None.
     - bias_ptr: (N,), added before the activation; or None.
     - more_ptr: (T, out_width), rows more_stride apart, added after it; or None. May be out_ptr.
     - out_ptr: (T, out_width), rows out_stride apart.
-    - norm_ptr, second_norm_ptr: (out_width,) weights of the norms that follow, or None; results
-      times those go to scaled_ptr, (1 or 2, T, out_width), and their sums to next_stats_ptr.
+    - digits_ptr, steps_ptr: results as `Digits`, too; or None.
+    - norm_ptr, second_norm_ptr: (out_width,) weights of the norms that follow, or None. If there are
+      any, those digits are of the results times these, of the one norm behind those of the other,
+      and sums of the results go to next_stats_ptr.
     - partial_ptr: (all_splits, T, N) float32, if split.
     - arrivals_ptr: a zero for each tile, if split; zero again afterwards.
     - first_split, all_splits: where this launch's sums lie among those of the launches whose
@@ -239,45 +322,22 @@ def multiply(
     tile, split, block_T = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     splits = tl.num_programs(1)
     panel = tile * R + tl.arange(0, R)[:, None]
-    width: tl.constexpr = 128 // max(groups, 1)
     t = block_T * tokens + tl.arange(0, tokens)
-    if tile * (32 * R) >= second_from:
-        x_ptr += T.to(tl.int64) * K
-    sums = tl.zeros((32 * R, tokens), tl.float32)
-    for c in tl.range(chunks * split // splits, chunks * (split + 1) // splits, num_stages=stages):
-        g = c // chunks_per_group * max(groups, 1)
-        q = read_cells(
-            words_ptr, zeros_ptr, panel, c, chunks, g, N, magic, bits, number, groups, sym, R
-        )
-        k = c * 128
-        s = scales_ptr + g * N
-        if groups < 2:
-            sums = _add_group(
-                sums, q, x_ptr, t, T, k, K, s, panel, R, width, wide, even, groups > 0
-            )
-        elif groups == 2:
-            q0, q1 = tl.split(q)
-            sums = _add_group(sums, q0, x_ptr, t, T, k, K, s, panel, R, 64, wide, even, True)
-            k += 64
-            s += N
-            sums = _add_group(sums, q1, x_ptr, t, T, k, K, s, panel, R, 64, wide, even, True)
-        else:
-            low, high = tl.split(q)
-            q0, q1 = tl.split(low)
-            q2, q3 = tl.split(high)
-            sums = _add_group(sums, q0, x_ptr, t, T, k, K, s, panel, R, 32, wide, even, True)
-            k += 32
-            s += N
-            sums = _add_group(sums, q1, x_ptr, t, T, k, K, s, panel, R, 32, wide, even, True)
-            k += 32
-            s += N
-            sums = _add_group(sums, q2, x_ptr, t, T, k, K, s, panel, R, 32, wide, even, True)
-            k += 32
-            s += N
-            sums = _add_group(sums, q3, x_ptr, t, T, k, K, s, panel, R, 32, wide, even, True)
-    if groups == 0:
-        sums = scaled_rows(sums, row_scales(scales_ptr, panel, R))
-    n = operand_rows(tile, R)
+    begin, end = chunks * split // splits, chunks * (split + 1) // splits
+    if wide:
+        sums = _sum_by_numbers(
+            x_ptr, words_ptr, scales_ptr, zeros_ptr, panel, t, T, K, N, begin, end,
+            chunks, chunks_per_group, magic, bits, number, groups, sym, even, R, tokens, stages,
+        )  # fmt: skip
+        n = operand_rows(tile, R)
+    else:
+        sums = sum_by_bytes(
+            x_ptr, x_steps_ptr, words_ptr, scales_ptr, zeros_ptr, panel, block_T, T, N, begin, end,
+            chunks, chunks_per_group, two, bits, groups, sym, R, tokens, stages,
+        )  # fmt: skip
+        # The panels of a warp side by side, as they are numbered: lanes keep what they have.
+        sums = sums.reshape(2, R, 16, tokens).permute(1, 0, 2, 3).reshape(32 * R, tokens)
+        n = tile * (32 * R) + tl.arange(0, 32 * R)
     if split_up:
         left_ptr = partial_ptr + (first_split + split) * (T.to(tl.int64) * N)
         _leave(sums, n, t, T, N, left_ptr)
@@ -286,16 +346,14 @@ def multiply(
         arrival = arrivals_ptr + block_T * tl.num_programs(0) + tile
         if tl.atomic_add(arrival, 1, sem="acq_rel") == all_splits - 1:
             tl.debug_barrier()
-            # In their natural order neighbours are read, and written, by one lane.
-            own_n = n if wide else tile * (32 * R) + tl.arange(0, 32 * R)
             own_t = tl.arange(0, 1) if lone else t
             at_once: tl.constexpr = 1 if wide else (16 if lone else 8)
-            merged = _merged(own_n, own_t, T, N, all_splits, partial_ptr, at_once)
+            merged = _merged(n, own_t, T, N, all_splits, partial_ptr, at_once)
             _give(
-                merged, own_n, own_t, T, K, tile, out_width,
+                merged, n, own_t, T, K, tile, out_width,
                 stats_ptr, level_ptr, eps, input_tiles,
-                bias_ptr, more_ptr, more_stride, out_ptr, out_stride,
-                norm_ptr, second_norm_ptr, scaled_ptr, next_stats_ptr,
+                bias_ptr, more_ptr, more_stride, out_ptr, out_stride, digits_ptr, steps_ptr,
+                norm_ptr, second_norm_ptr, next_stats_ptr,
                 number, act, arrange, STATS_BLOCK,
             )  # fmt: skip
             tl.store(arrival, 0)
@@ -303,8 +361,8 @@ def multiply(
         _give(
             sums, n, t, T, K, tile, out_width,
             stats_ptr, level_ptr, eps, input_tiles,
-            bias_ptr, more_ptr, more_stride, out_ptr, out_stride,
-            norm_ptr, second_norm_ptr, scaled_ptr, next_stats_ptr,
+            bias_ptr, more_ptr, more_stride, out_ptr, out_stride, digits_ptr, steps_ptr,
+            norm_ptr, second_norm_ptr, next_stats_ptr,
             number, act, arrange, STATS_BLOCK,
         )  # fmt: skip
 

@@ -3,11 +3,12 @@
 The meaning is `wna16.packed_matmul`. The layout is in `streamed.py`, the device code in
 `wna16_device.py`. Imported only where there is Triton.
 
-Shape key: T tokens, K in features, N out features (padding counted), X inputs of stacked weights.
+Shape key: T tokens, K in features, N out features (padding counted).
 
 The one idea: few tokens stream the packed weights once, and time is bytes; many make a slice of
 them dense and leave the rest to cuBLAS. In between, tiles of 64 tokens stream them again for each
-tile. How a launch is cut up is `wna16_cut.py`'s.
+tile. How a launch is cut up is `wna16_cut.py`'s. For up to 8 tokens activations are `Digits`: a
+product makes them of numbers in a small launch, unless whoever made the numbers has left digits.
 
 What is the same to the last bit: a row alone and in any batch of up to 8 tokens; any run and the
 next. Between up to 8, 16, 32, 256 and more tokens, sums differ as float32 sums in another order do,
@@ -17,7 +18,7 @@ and so do norms that are folded in for up to 8 (`norm_fold.py`).
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Self
 
 import torch
@@ -25,7 +26,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from longwing.kernels.fused_triton import activate_
+from longwing.kernels.digits import Activations, Digits
+from longwing.kernels.fused_triton import activate_, as_digits
 from longwing.kernels.norm_fold import FoldedNorm, Scaled
 from longwing.kernels.streamed import (
     CELL_IN,
@@ -55,7 +57,7 @@ MAGIC = {torch.float16: 0x64006400, torch.bfloat16: 0x43004300}
 
 
 def packed_matmul(
-    x_TK: Tensor,
+    x_TK: Activations,
     weight: StreamedWeight,
     cut: Cut | None = None,
     *,
@@ -65,6 +67,7 @@ def packed_matmul(
     more_TN: Tensor | None = None,
     out_TN: Tensor | None = None,
     chunks_each: int | None = None,
+    digits: Digits | None = None,
     arranged: bool = False,
     arrange: bool = False,
 ) -> Tensor:
@@ -73,7 +76,7 @@ def packed_matmul(
     Where weights are streamed, all of it is one launch, rounded once.
 
     Args:
-        x_TK: in the type that the weight was laid out for.
+        x_TK: in the type that the weight was laid out for; digits where it `takes_digits`.
         weight: on the same device.
         cut: None for the one that shapes call for.
         bias_N: added first.
@@ -83,6 +86,7 @@ def packed_matmul(
         more_TN: added last: a residual. May be out_TN.
         out_TN: where the result goes; rows may lie apart. None for a new tensor.
         chunks_each: for a launch that runs beside others, see `choose_cut` and `chunks_beside`.
+        digits: where the result goes a second time; for up to NARROW_TOKENS tokens.
         arranged: x_TK lies in the order that `arranges` is about.
         arrange: the result is to.
 
@@ -91,21 +95,25 @@ def packed_matmul(
     """
     if len(weight.parts) != 1:
         raise ValueError(f"a weight of {len(weight.parts)} parts: use packed_matmul_many")
+    T = _num_tokens(x_TK)
     if out_TN is None:
-        out_TN = x_TK.new_empty(len(x_TK), weight.parts[0])
+        out_TN = _new(x_TK, T, weight.parts[0])
     for given_TN in (out_TN, more_TN):
         if given_TN is not None and (
-            given_TN.shape != (len(x_TK), weight.parts[0])
+            given_TN.shape != (T, weight.parts[0])
             or given_TN.dtype != x_TK.dtype
             or given_TN.stride(1) != 1
         ):
             raise ValueError(
                 f"a result, or what to add, of {tuple(given_TN.shape)} in {given_TN.dtype}; "
-                f"{(len(x_TK), weight.parts[0])} in {x_TK.dtype} is needed, each row in one piece"
+                f"{(T, weight.parts[0])} in {x_TK.dtype} is needed, each row in one piece"
             )
-    if norm is not None and len(x_TK) > NARROW_TOKENS:
-        raise ValueError(f"a folded norm of {len(x_TK)} tokens; it is for {NARROW_TOKENS} at most")
-    after = _After(bias_N=bias_N, norm=norm, act=act, more_TN=more_TN, arrange=arrange)
+    if T > NARROW_TOKENS and (norm is not None or digits is not None):
+        what = "a folded norm" if norm is not None else "digits"
+        raise ValueError(f"{what} of {T} tokens; it is for {NARROW_TOKENS} at most")
+    after = _After(
+        bias_N=bias_N, norm=norm, act=act, more_TN=more_TN, arrange=arrange, digits=digits
+    )
     _multiply(x_TK, weight, cut, after, out_TN, chunks_each=chunks_each, arranged=arranged)
     return out_TN
 
@@ -118,13 +126,22 @@ def arranges(weight: StreamedWeight, num_tokens: int) -> bool:
     return NARROW_TOKENS < num_tokens <= STREAM_TOKENS and weight.order_K is None
 
 
+def takes_digits(weight: StreamedWeight, num_tokens: int) -> bool:
+    """Whether a product's input may come as digits, which spares it a launch that makes them."""
+    return 0 < num_tokens <= NARROW_TOKENS and weight.order_K is None
+
+
 def packed_matmul_many(
-    x: Tensor, weight: StreamedWeight, cut: Cut | None = None, *, bias_N: Tensor | None = None
+    x_TK: Activations,
+    weight: StreamedWeight,
+    cut: Cut | None = None,
+    *,
+    bias_N: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """One launch for weights that share an input, or for two with an input each.
+    """One launch for weights that share an input.
 
     Args:
-        x: (T, K), or (2, T, K) for two parts.
+        x_TK: as for `packed_matmul`.
         weight: as for `packed_matmul`.
         cut: as for `packed_matmul`.
         bias_N: (N,), with padding between parts as the weight has it (`weight.starts`).
@@ -132,13 +149,9 @@ def packed_matmul_many(
     Returns:
         For each part its (T, N): views of one tensor, their rows contiguous, not the whole.
     """
-    if x.ndim not in (2, 3) or (x.ndim == 3 and not len(x) == len(weight.parts) == 2):
-        raise ValueError(
-            f"{tuple(x.shape)} inputs for {len(weight.parts)} parts: one, or two for two"
-        )
     starts = weight.starts
-    out_TN = x.new_empty(x.shape[-2], starts[-1])
-    _multiply(x, weight, cut, _After(bias_N=bias_N), out_TN)
+    out_TN = _new(x_TK, _num_tokens(x_TK), starts[-1])
+    _multiply(x_TK, weight, cut, _After(bias_N=bias_N), out_TN)
     return tuple(out_TN[:, at : at + part] for at, part in zip(starts, weight.parts, strict=False))
 
 
@@ -151,11 +164,21 @@ class _After:
     act: str = ""
     more_TN: Tensor | None = None
     arrange: bool = False
+    digits: Digits | None = None
     scaled: Scaled | None = None
 
 
+def _num_tokens(x_TK: Activations) -> int:
+    return x_TK.num_tokens if isinstance(x_TK, Digits) else len(x_TK)
+
+
+def _new(x_TK: Activations, num_tokens: int, num_outputs: int) -> Tensor:
+    device = x_TK.steps_CT.device if isinstance(x_TK, Digits) else x_TK.device
+    return torch.empty(num_tokens, num_outputs, dtype=x_TK.dtype, device=device)
+
+
 def _multiply(
-    x: Tensor,
+    x_TK: Activations,
     weight: StreamedWeight,
     cut: Cut | None,
     after: _After,
@@ -164,28 +187,35 @@ def _multiply(
     chunks_each: int | None = None,
     arranged: bool = False,
 ) -> None:
-    _check_input(x, weight)
-    T = x.shape[-2]
-    if cut is None and T > STREAM_TOKENS:
-        _multiply_dense(_ordered(x, weight.order_K), weight, after, out_TN)
+    _check_input(x_TK, weight)
+    T = len(out_TN)
+    if cut is None and T > STREAM_TOKENS and isinstance(x_TK, Tensor):
+        _multiply_dense(_ordered(x_TK, weight.order_K), weight, after, out_TN)
     elif T > 0:
         cut = cut or choose_cut(weight, T, chunks_each)
         partial = out_TN
         if cut.splits > 1:
             shape = (cut.splits, T, weight.starts[-1])
-            partial = x.new_empty(shape, dtype=torch.float32)
+            partial = out_TN.new_empty(shape, dtype=torch.float32)
         shared = _Shared(
             partial=partial, arrivals=weight.arrivals, first_split=0, all_splits=cut.splits
         )
-        _launch(x, weight, cut, after, out_TN, shared, arranged=arranged)
+        _launch(x_TK, weight, cut, after, out_TN, shared, arranged=arranged)
 
 
-def _check_input(x: Tensor, weight: StreamedWeight) -> None:
+def _check_input(x_TK: Activations, weight: StreamedWeight) -> None:
     num_inputs = weight.num_inputs or weight.in_features
-    if x.dtype != weight.dtype or num_inputs != x.shape[-1]:
+    given = x_TK.num_features if isinstance(x_TK, Digits) else x_TK.shape[1]
+    if x_TK.dtype != weight.dtype or num_inputs != given:
         raise ValueError(
-            f"input of {x.shape[-1]} features in {x.dtype}; the weight was laid out for "
+            f"input of {given} features in {x_TK.dtype}; the weight was laid out for "
             f"{num_inputs} in {weight.dtype}"
+        )
+    if isinstance(x_TK, Digits) and not takes_digits(weight, x_TK.num_tokens):
+        raise ValueError(
+            f"digits of {x_TK.num_tokens} tokens for a weight whose inputs have "
+            f"{'their own' if weight.order_K is None else 'another'} order; they are for up to "
+            f"{NARROW_TOKENS} tokens, in their own"
         )
 
 
@@ -275,14 +305,14 @@ class SumOfProducts:
         if kind is not None and self._streams:
             self.weights[0].arrivals.zero_()
 
-    def add(self, index: int, x_TK: Tensor, *, arranged: bool = False) -> None:
+    def add(self, index: int, x_TK: Activations, *, arranged: bool = False) -> None:
         """The product of a weight, by its place among them, and its input; see `packed_matmul`."""
         weight = self.weights[index]
         _check_input(x_TK, weight)
         if not self._streams:
             after = self._after_first if self._begun else self._after
             self._begun = True
-            if len(x_TK):
+            if isinstance(x_TK, Tensor) and len(x_TK):
                 _multiply_dense(_ordered(x_TK, weight.order_K), weight, after, self.out_TN)
             return
         _launch(
@@ -312,7 +342,7 @@ class _Shared:
 
 
 def _launch(
-    x: Tensor,
+    x_TK: Activations,
     weight: StreamedWeight,
     cut: Cut,
     after: _After,
@@ -321,32 +351,26 @@ def _launch(
     *,
     arranged: bool,
 ) -> None:
-    wide = cut.wide
-    x = _ordered(x, weight.order_K)
-    if wide and not arranged:  # the order in which wgmma takes inputs, see wna16_cells.as_operand
-        x = x.unflatten(-1, (-1, 4, 2, 2)).transpose(-3, -2).flatten(-4)
-    x = x.contiguous()
-    T, K = x.shape[-2:]
+    x, steps_CT = _as_read(x_TK, weight, cut, arranged=arranged)
+    T, K = len(out_TN), weight.in_features
     N, chunks = weight.starts[-1], weight.words.shape[1]
     groups, chunks_per_group = _groups(weight)
     more_stride = 0 if after.more_TN is None else after.more_TN.stride(0)
-    norm, scaled = after.norm, after.scaled
+    norm = after.norm
     stats, level_N, eps, input_tiles = None, None, 0.0, 1
     if norm is not None:
         stats, level_N, eps = norm.stats_ST2, norm.level_N, norm.eps
         input_tiles = len(stats)
-    norms = (None, None) if scaled is None else (*scaled.weights_D, None)[:2]
-    to = (None, None) if scaled is None else (scaled.scaled_XTD, scaled.stats_ST2)
     with torch.cuda.device_of(x):
         multiply[(N // TILE_OUT, cut.splits, triton.cdiv(T, cut.tokens))](
-            *(x, weight.words, weight.scales_GN, _zeros(weight)),
-            *(stats, level_N, after.bias_N, after.more_TN, out_TN, *norms, *to),
+            *(x, steps_CT, weight.words, weight.scales_GN, _zeros(weight)),
+            *(stats, level_N, after.bias_N, after.more_TN, out_TN, *_left(after)),
             *(shared.partial, shared.arrivals),
             *(T, K, N, shared.first_split, shared.all_splits),
             *(out_TN.shape[1], more_stride, out_TN.stride(0), chunks, chunks_per_group),
-            *(weight.starts[1] if x.ndim == 3 else N, MAGIC[x.dtype], eps, input_tiles),
+            *(MAGIC[out_TN.dtype], 2, eps, input_tiles),
             bits=weight.bits,
-            number=NUMBERS[x.dtype],
+            number=NUMBERS[out_TN.dtype],
             groups=groups,
             sym=weight.zeros is None,
             even=K % CELL_IN == 0,
@@ -357,16 +381,41 @@ def _launch(
             split_up=shared.all_splits > 1,
             R=TILE_OUT // CELL_OUT,
             tokens=cut.tokens,
-            wide=wide,
+            wide=cut.wide,
             stages=cut.stages,
             num_warps=TILE_OUT // CELL_OUT,
         )
 
 
-def _multiply_dense(x: Tensor, weight: StreamedWeight, after: _After, out_TN: Tensor) -> None:
+def _as_read(
+    x_TK: Activations, weight: StreamedWeight, cut: Cut, *, arranged: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Activations as the kernel reads them: digits and their steps, or numbers and none."""
+    if not cut.wide:
+        digits = x_TK if isinstance(x_TK, Digits) else as_digits(x_TK, weight.order_K)
+        return digits.digits_3TK, digits.steps_CT
+    if isinstance(x_TK, Digits):
+        raise ValueError(f"digits for tiles of {cut.tokens} tokens; they are for tiles of 2 or 8")
+    x_TK = _ordered(x_TK, weight.order_K)
+    if not arranged:  # the order in which wgmma takes inputs, see wna16_cells.as_operand
+        x_TK = x_TK.unflatten(-1, (-1, 4, 2, 2)).transpose(-3, -2).flatten(-4)
+    return x_TK.contiguous(), None
+
+
+def _left(after: _After) -> tuple[Tensor | None, ...]:
+    """What a product leaves for those that follow: digits, steps, norms' weights, statistics."""
+    digits, scaled = after.digits, after.scaled
+    if scaled is not None:
+        weights_D = (*scaled.weights_D, None)[:2]
+        return scaled.digits_X3TK, scaled.steps_XCT, *weights_D, scaled.stats_ST2
+    if digits is not None:
+        return digits.digits_3TK, digits.steps_CT, None, None, None
+    return None, None, None, None, None
+
+
+def _multiply_dense(x_TK: Tensor, weight: StreamedWeight, after: _After, out_TN: Tensor) -> None:
     """Slice by slice: dense, then cuBLAS straight into the result."""
-    for part, (first, end) in enumerate(zip(weight.starts[:-1], weight.starts[1:], strict=True)):
-        x_TK = x[part] if x.ndim == 3 else x
+    for first, end in pairwise(weight.starts):
         num_slices = math.ceil((end - first) * weight.in_features / DENSE_SLICE)
         rows = math.ceil((end - first) / num_slices / SLICE_ROWS) * SLICE_ROWS
         for start in range(first, end, rows):
@@ -402,8 +451,8 @@ def _finish(slice_TN: Tensor, after: _After, start: int) -> None:
         activate_(slice_TN, after.act)
 
 
-def _ordered(x: Tensor, order_K: Tensor | None) -> Tensor:
-    return x if order_K is None else x.index_select(-1, order_K)
+def _ordered(x_TK: Tensor, order_K: Tensor | None) -> Tensor:
+    return x_TK if order_K is None else x_TK.index_select(-1, order_K)
 
 
 def _groups(weight: StreamedWeight) -> tuple[int, int]:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from longwing.kernels.digits import Activations
 from longwing.kernels.norm_fold import Scaled
 from longwing.kernels.wna16_cut import NARROW_TOKENS
 from longwing.layers import RMSNorm
@@ -20,13 +21,14 @@ class FusedNorm(nn.Module):
         self.norm = norm
         self.second = second
 
-    def forward(self, x_TD: Tensor) -> Tensor:
-        """(T, D) -> (T, D), under the first."""
+    def forward(self, x_TD: Tensor, *, digits: bool = False) -> Activations:
+        """(T, D) -> (T, D), under the first; as digits, if that is asked for."""
         from longwing.kernels import fused_triton
 
-        if isinstance(self.norm, RMSNorm):
-            return fused_triton.rms_norm(x_TD, self.norm.weight, self.norm.eps)
-        return self.both(x_TD)[0]
+        if not isinstance(self.norm, RMSNorm):
+            return self.both(x_TD, digits=digits)[0]
+        norm = fused_triton.rms_norm_digits if digits else fused_triton.rms_norm
+        return norm(x_TD, self.norm.weight, self.norm.eps)
 
     def each(self) -> tuple[nn.LayerNorm, nn.LayerNorm]:
         """The two LayerNorms; one twice if there is one."""
@@ -39,20 +41,19 @@ class FusedNorm(nn.Module):
         first, second = self.each()
         return (first.weight,) if second is first else (first.weight, second.weight)
 
-    def both(self, x_TD: Tensor, *, arrange: bool = False) -> tuple[Tensor, Tensor]:
+    def both(
+        self, x_TD: Tensor, *, arrange: bool = False, digits: bool = False
+    ) -> tuple[Activations, Activations]:
         """(T, D) under each LayerNorm; the same twice if there is one. See `layer_norms`."""
         from longwing.kernels import fused_triton
 
         first, second = self.norm, self.second
         if not isinstance(first, nn.LayerNorm):  # unreachable: only Falcons ask for both
             raise RuntimeError(f"a {type(first).__name__} where LayerNorms are needed")
-        return fused_triton.layer_norms(
-            x_TD,
-            (first.weight, first.bias),
-            None if second is None else (second.weight, second.bias),
-            first.eps,
-            arrange=arrange,
-        )
+        pairs = (first.weight, first.bias), second and (second.weight, second.bias)
+        if digits:
+            return fused_triton.layer_norm_digits(x_TD, *pairs, first.eps)
+        return fused_triton.layer_norms(x_TD, *pairs, first.eps, arrange=arrange)
 
 
 class Handover:

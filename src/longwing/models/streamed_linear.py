@@ -2,8 +2,8 @@
 
 A bias, an activation, a residual and a LayerNorm before it are done on the product's way out. What
 adapters add comes after a product (`layers.lora.LowRankSum`, three small launches), before its
-activation; their input lies as it is, so with adapters nothing is arranged for a product ahead, and
-no norm is folded.
+activation; their input lies as it is, so with adapters nothing is arranged for a product ahead or
+made digits, and no norm is folded.
 
 Shape key: T packed tokens, I, O in and out features of a linear, N with padding.
 """
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from longwing.kernels import PackedWeight, StreamedWeight
+from longwing.kernels.digits import Activations, Digits
 from longwing.kernels.norm_fold import FoldedNorm, Scaled, through
 from longwing.kernels.streamed import stream, take_outputs
 from longwing.layers import Linear
@@ -72,21 +73,35 @@ class StreamedLinear(nn.Module):
         """What the norm before this still has to do to its products; if it `folds`."""
         return FoldedNorm(stats_ST2=scaled.stats_ST2, level_N=self.level_O, eps=self.eps)
 
+    def takes_digits(self, num_tokens: int) -> bool:
+        """Whether the input may come as digits."""
+        from longwing.kernels import wna16_triton
+
+        return self.added is None and wna16_triton.takes_digits(self.weight, num_tokens)
+
+    def arranges(self, num_tokens: int) -> bool:
+        """Whether the input may come, and should, in the product's own order."""
+        from longwing.kernels import wna16_triton
+
+        return self.added is None and wna16_triton.arranges(self.weight, num_tokens)
+
     def forward(
         self,
-        x_TI: Tensor,
+        x_TI: Activations,
         *,
         norm: FoldedNorm | None = None,
         act: str = "",
         more_TO: Tensor | None = None,
         out_TO: Tensor | None = None,
         chunks_each: int | None = None,
+        digits: Digits | None = None,
         arranged: bool = False,
         arrange: bool = False,
     ) -> Tensor:
         """act(x @ weight + bias) + more, (T, I) -> (T, O), for one; see `packed_matmul`.
 
-        With adapters x is not arranged, no norm is folded, and an activation goes without more.
+        With adapters x is numbers as they lie, none of them are left as digits, no norm is folded,
+        and an activation goes without more.
         """
         from longwing.kernels import wna16_triton  # only where there is Triton
 
@@ -108,28 +123,35 @@ class StreamedLinear(nn.Module):
             more_TN=more_TO,
             out_TN=out_TO,
             chunks_each=chunks_each,
+            digits=digits,
             arranged=arranged,
             arrange=arrange,
         )
 
-    def each(self, x_TI: Tensor) -> tuple[Tensor, ...]:
+    def each(self, x_TI: Activations) -> tuple[Tensor, ...]:
         """The (T, O) of each; rows lie apart."""
         from longwing.kernels import wna16_triton
 
         outs = wna16_triton.packed_matmul_many(x_TI, self.weight, bias_N=self.bias)
         if self.added is not None:
-            self.added.add_to(outs, x_TI)
+            self.added.add_to(outs, _numbers(x_TI))
         return outs
 
-    def finished(self, out_TO: Tensor, x_TI: Tensor, act: str = "") -> Tensor:
+    def finished(self, out_TO: Tensor, x_TI: Activations, act: str = "") -> Tensor:
         """A product of x in place: with what adapters add, then activated."""
         if self.added is not None:
-            self.added.add_to([out_TO], x_TI)
+            self.added.add_to([out_TO], _numbers(x_TI))
         if act:
             from longwing.kernels import fused_triton
 
             fused_triton.activate_(out_TO, act)
         return out_TO
+
+
+def _numbers(x_TI: Activations) -> Tensor:
+    if isinstance(x_TI, Digits):  # unreachable: no digits are made where there are adapters
+        raise RuntimeError("adapters need numbers, not digits")
+    return x_TI
 
 
 def packed_of(linear: Linear) -> PackedWeight:

@@ -15,7 +15,8 @@ way. Linears that read the same input are one product; what is added to the resi
 product that gives it; and a Falcon's MLP runs beside its attention, both ending in one sum.
 
 For few tokens the norms between two Falcon blocks are no launches either: they are folded into the
-products before and after them (`kernels/norm_fold.py`).
+products before and after them (`kernels/norm_fold.py`). And whatever a product reads is left as
+digits by what made it, attention excepted (`kernels/digits.py`).
 """
 
 from collections.abc import Sequence
@@ -29,6 +30,7 @@ from longwing.kernels import (
     attends_in_triton,
     chooses_triton,
 )
+from longwing.kernels.digits import Activations, Digits
 from longwing.kernels.norm_fold import FoldedNorm
 from longwing.kernels.streamed import fits, stackable, stream
 from longwing.kernels.wna16_cut import chunks_beside
@@ -145,10 +147,14 @@ class StreamedFalconBlock(nn.Module):
         """(T, D) -> (T, D), written over what is given."""
         if self.parallel:
             return self._parallel(hidden_TD, rotation, inputs)
-        attended_TD = self._attend(self.qkv(self.norm(hidden_TD)), rotation, inputs)
+        T = len(hidden_TD)
+        normed_TD = self.norm(hidden_TD, digits=self.qkv.takes_digits(T))
+        attended_TD = self._attend(self.qkv(normed_TD), rotation, inputs)
         _add_product(hidden_TD, self.attention_out, attended_TD, self.group)
-        up_TF = self.up(self.mlp_norm(hidden_TD), act=self.act)
-        return _add_product(hidden_TD, self.mlp_out, up_TF, self.group)
+        normed_TD = self.mlp_norm(hidden_TD, digits=self.up.takes_digits(T))
+        digits = self._digits_between(hidden_TD)
+        up_TF = self.up(normed_TD, act=self.act, digits=digits)
+        return _add_product(hidden_TD, self.mlp_out, digits or up_TF, self.group)
 
     def _parallel(
         self, hidden_TD: Tensor, rotation: Rotation | None, inputs: AttentionInputs | None
@@ -160,12 +166,13 @@ class StreamedFalconBlock(nn.Module):
         outs = (self.attention_out.weight, self.mlp_out.weight)
         scaled = None if self.incoming is None else self.incoming.take()
         folded: tuple[FoldedNorm | None, FoldedNorm | None] = (None, None)
-        normed = scaled is None and all(_arranges(linear, T) for linear in (self.qkv, self.up))
-        activated = _arranges(self.mlp_out, T) and self.up.added is None
+        normed = scaled is None and self.qkv.arranges(T) and self.up.arranges(T)
+        activated = self.mlp_out.arranges(T) and self.up.added is None
         if scaled is None:
-            for_attention_TD, for_mlp_TD = self.norm.both(hidden_TD, arrange=normed)
+            digits = self.qkv.takes_digits(T) and self.up.takes_digits(T)
+            for_attention_TD, for_mlp_TD = self.norm.both(hidden_TD, arrange=normed, digits=digits)
         else:
-            for_attention_TD, for_mlp_TD = scaled.scaled_XTD[0], scaled.scaled_XTD[-1]
+            for_attention_TD, for_mlp_TD = scaled.digits[0], scaled.digits[-1]
             folded = self.qkv.folded(scaled), self.up.folded(scaled)
         alone = self.group.size == 1
         # Ranks add up what they have before the residual, which each has whole.
@@ -180,6 +187,7 @@ class StreamedFalconBlock(nn.Module):
             chunks_each=chunks_each,
         )
         up_TF = hidden_TD.new_empty(T, self.up.weight.parts[0])
+        up_digits = self._digits_between(hidden_TD)
 
         def mlp() -> None:
             self.up(
@@ -188,10 +196,11 @@ class StreamedFalconBlock(nn.Module):
                 act=self.act,
                 out_TO=up_TF,
                 chunks_each=chunks_each,
+                digits=up_digits,
                 arranged=normed,
                 arrange=activated,
             )
-            total.add(1, up_TF, arranged=activated)
+            total.add(1, up_digits or up_TF, arranged=activated)
 
         with total:
             side = Branch(hidden_TD.device)
@@ -210,6 +219,13 @@ class StreamedFalconBlock(nn.Module):
             self.outgoing.scaled = scaled
         return hidden_TD
 
+    def _digits_between(self, hidden_TD: Tensor) -> Digits | None:
+        """Room for the MLP's activations as digits, if they are to be such."""
+        if self.up.added is not None or not self.mlp_out.takes_digits(len(hidden_TD)):
+            return None
+        features = self.up.weight.parts[0]
+        return Digits.room(len(hidden_TD), features, hidden_TD.dtype, hidden_TD.device)
+
     def _attend(
         self,
         qkv_TO: Tensor,
@@ -224,7 +240,7 @@ class StreamedFalconBlock(nn.Module):
 
     def _attention_arranges(self, qkv_TO: Tensor, inputs: AttentionInputs | None) -> bool:
         """Whether attention can, and should, write in the order that the product after it wants."""
-        if inputs is None or not _arranges(self.attention_out, len(qkv_TO)):
+        if inputs is None or not self.attention_out.arranges(len(qkv_TO)):
             return False
         heads_TXH = qkv_TO.unflatten(-1, (-1, self.head_dim))
         return attends_in_triton(heads_TXH, inputs.pages[self.attention.layer])
@@ -253,22 +269,20 @@ class StreamedLlamaBlock(nn.Module):
         """(T, D) -> (T, D), written over what is given."""
         from longwing.kernels import fused_triton
 
+        T = len(hidden_TD)
+        normed_TD = self.attention_norm(hidden_TD, digits=_take_digits(self.qkv, T))
         q_TNH, k_TKH, v_TKH = (
-            x_TO.unflatten(-1, (-1, self.head_dim))
-            for x_TO in _each(self.qkv, self.attention_norm(hidden_TD))
+            x_TO.unflatten(-1, (-1, self.head_dim)) for x_TO in _each(self.qkv, normed_TD)
         )
         attended_TD = self.attention(q_TNH, k_TKH, v_TKH, rotation, inputs)
         _add_product(hidden_TD, self.attention_out, attended_TD, self.group)
-        gate_TF, up_TF = _each(self.gate_up, self.mlp_norm(hidden_TD))
-        gated_TF = fused_triton.gated(gate_TF, up_TF, self.act)
+        normed_TD = self.mlp_norm(hidden_TD, digits=_take_digits(self.gate_up, T))
+        gate_TF, up_TF = _each(self.gate_up, normed_TD)
+        gated = fused_triton.gated
+        if self.mlp_out.takes_digits(T):
+            gated = fused_triton.gated_digits
+        gated_TF = gated(gate_TF, up_TF, self.act)
         return _add_product(hidden_TD, self.mlp_out, gated_TF, self.group)
-
-
-def _arranges(linear: StreamedLinear, num_tokens: int) -> bool:
-    """Whether what a product reads may be, and should be, written in the product's own order."""
-    from longwing.kernels import wna16_triton
-
-    return linear.added is None and wna16_triton.arranges(linear.weight, num_tokens)
 
 
 def _queries_first(num_kv_heads: int, group: int, H: int) -> tuple[Tensor, tuple[int, int, int]]:
@@ -287,7 +301,9 @@ def _sum_of_biases(one: StreamedLinear, other: StreamedLinear) -> Tensor | None:
     return torch.stack([bias.detach() for bias in biases]).sum(0) if biases else None
 
 
-def _add_product(hidden_TD: Tensor, linear: StreamedLinear, x_TI: Tensor, group: Group) -> Tensor:
+def _add_product(
+    hidden_TD: Tensor, linear: StreamedLinear, x_TI: Activations, group: Group
+) -> Tensor:
     """Add x @ weight + bias to hidden: in the product's launch, or once ranks have summed it."""
     if group.size == 1:
         return linear(x_TI, more_TO=hidden_TD, out_TO=hidden_TD)
@@ -304,7 +320,13 @@ def _stacked(
     return nn.ModuleList(StreamedLinear((linear,), dtype) for linear in linears)
 
 
-def _each(stacked: StreamedLinear | nn.ModuleList, x_TI: Tensor) -> tuple[Tensor, ...]:
+def _take_digits(stacked: StreamedLinear | nn.ModuleList, num_tokens: int) -> bool:
+    """Whether each of some linears takes its input as digits."""
+    linears = [stacked] if isinstance(stacked, StreamedLinear) else stacked
+    return all(linear.takes_digits(num_tokens) for linear in linears)
+
+
+def _each(stacked: StreamedLinear | nn.ModuleList, x_TI: Activations) -> tuple[Tensor, ...]:
     if isinstance(stacked, StreamedLinear):
         return stacked.each(x_TI)
     return tuple(one(x_TI) for one in stacked)

@@ -156,7 +156,9 @@ class Peers:
             norms_D = ()
         scaled = Scaled.like(out, norms_D, TILE) if norms_D else None
         norms = (*norms_D, None, None)[:2]
-        to = (None, None) if scaled is None else (scaled.scaled_XTD, scaled.stats_ST2)
+        to = (None, None, None)
+        if scaled is not None:
+            to = (scaled.digits_X3TK, scaled.steps_XCT, scaled.stats_ST2)
         with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
             add_over_ranks[(-(-numel // TILE),)](
                 *(x, more, out, *norms, *to, self._memories, self._turns),

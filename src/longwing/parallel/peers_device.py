@@ -7,6 +7,8 @@ Shape key: T tokens, D model dim, X norms.
 import triton
 import triton.language as tl
 
+from longwing.kernels.digits_device import leave_digits
+
 
 @triton.jit
 def _place(memory, slot, source, program, number: tl.constexpr,
@@ -27,13 +29,24 @@ def _flag(memory, source, program,
 
 
 @triton.jit
+def _leave_scaled(scaled, program, tiles, T, D, digits_ptr, steps_ptr, TILE: tl.constexpr):
+    """A tile of one token as blocks of `Digits`."""
+    own: tl.constexpr = TILE // 128
+    block_B = program % tiles * own + tl.arange(0, own)
+    token_B = program // tiles + tl.zeros((own,), tl.int32)
+    x = scaled.to(tl.float32).reshape(own, 128)
+    leave_digits(x, block_B, token_B, block_B >= 0, T, D // 128, digits_ptr, steps_ptr)
+
+
+@triton.jit(do_not_specialize=["T"])
 def add_over_ranks(
     x_ptr,
     more_ptr,
     out_ptr,
     norm_ptr,
     second_norm_ptr,
-    scaled_ptr,
+    digits_ptr,
+    steps_ptr,
     stats_ptr,
     memories_ptr,
     turns_ptr,
@@ -54,7 +67,8 @@ def add_over_ranks(
     - more_ptr: added to the sum; or None. May be out_ptr.
     - out_ptr: the result, which may be x_ptr.
     - norm_ptr, second_norm_ptr: (D,) weights of the norms that follow, or None; results times those
-      go to scaled_ptr, (1 or 2, T, D), and their sums to stats_ptr, (D / TILE, T, 2) float32.
+      go to digits_ptr and steps_ptr, as a `Scaled` has them, and sums of the results to stats_ptr,
+      (D / TILE, T, 2) float32.
     - memories_ptr: (SIZE,) int64, the address of each rank's memory: 2 slots of SIZE * PROGRAMS
       tiles, then as many flags as tiles in a slot.
     - turns_ptr: (PROGRAMS,) int32, how often each program has come.
@@ -112,9 +126,13 @@ def add_over_ranks(
     tl.store(out_ptr + at, rounded, mask=there)
     if norm_ptr is not None:
         y = rounded.to(tl.float32)
-        tl.store(scaled_ptr + at, (y * weight).to(number))
+        scaled = (y * weight).to(number)
+        _leave_scaled(scaled, program, tiles, T, D, digits_ptr, steps_ptr, TILE)
         if second_norm_ptr is not None:
-            tl.store(scaled_ptr + numel + at, (y * second_weight).to(number))
+            digits_ptr += 3 * T.to(tl.int64) * D
+            steps_ptr += T.to(tl.int64) * (D // 128)
+            scaled = (y * second_weight).to(number)
+            _leave_scaled(scaled, program, tiles, T, D, digits_ptr, steps_ptr, TILE)
         stats = stats_ptr + (program % tiles * T + program // tiles) * 2
         # In float64, so that their order does not show in float32.
         exact = y.to(tl.float64)
