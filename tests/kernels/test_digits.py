@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from longwing.kernels import pack
-from longwing.kernels.digits import Digits, digit_places
+from longwing.kernels.digits import Digits
 from longwing.kernels.streamed import StreamedWeight, stream
 from longwing.kernels.wna16 import PackedWeight
 
@@ -64,10 +64,6 @@ def test_numbers_near_the_largest_of_a_block_are_exact_and_others_to_its_last_bi
     near_TK = x_TK.double().abs() >= exact * largest_TK
     assert torch.equal(values_TK[near_TK], x_TK.double()[near_TK])
     assert bool(((values_TK - x_TK).abs() <= 2.0**-22 * largest_TK).all())
-
-
-def test_places_are_an_order_of_a_block() -> None:
-    assert torch.equal(digit_places().sort().values, torch.arange(128))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

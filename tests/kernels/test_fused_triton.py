@@ -32,7 +32,7 @@ def _assert_rounded(found: Tensor, expected: Tensor) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("size", [64, 112, 4544])
+@pytest.mark.parametrize("size", [64, 96, 4544])
 def test_two_layer_norms_of_one_input_are_pytorchs(size: int, dtype: torch.dtype) -> None:
     x_TD = _numbers(3, size, dtype=dtype, seed=0)
     pairs = [tuple(_numbers(size, dtype=dtype, seed=s + i) for i in (1, 2)) for s in (0, 2)]
@@ -42,8 +42,8 @@ def test_two_layer_norms_of_one_input_are_pytorchs(size: int, dtype: torch.dtype
     for plain_TD, found_TD in zip(
         both, fused.layer_norms(x_TD, pairs[0], pairs[1], 1e-5, arrange=True), strict=True
     ):
-        in_order_TD = plain_TD.unflatten(-1, (-1, 4, 2, 2)).transpose(-3, -2).flatten(-4)
-        assert torch.equal(found_TD, in_order_TD)
+        by_lane = plain_TD.unflatten(1, (-1, 4, 2, 2, 2)).permute(0, 1, 3, 5, 2, 4)
+        assert torch.equal(found_TD, by_lane.flatten(1))
     one, same = fused.layer_norms(x_TD, pairs[1], None, 1e-5)
     assert one is same
     assert torch.equal(one, both[1])

@@ -119,8 +119,8 @@ def test_heads_can_be_written_in_the_order_that_a_product_of_many_tokens_takes(
         )
         for arrange in (False, True)
     )
-    by_fours = natural_TNH.unflatten(-1, (-1, 4, 2, 2)).transpose(-3, -2).flatten(-4)
-    assert torch.equal(arranged_TNH, by_fours)
+    by_lane = natural_TNH.flatten(1).unflatten(1, (-1, 4, 2, 2, 2)).permute(0, 1, 3, 5, 2, 4)
+    assert torch.equal(arranged_TNH.flatten(1), by_lane.flatten(1))
 
 
 def test_sequences_that_decode_beside_a_prompt_get_a_call_of_their_own() -> None:

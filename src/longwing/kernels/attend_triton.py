@@ -194,9 +194,10 @@ def attend_tile(
     if not SPLIT:
         total_R = tl.where(row_R < num_rows, total_R, 1.0)  # A row that is none may have seen none.
         out_RH = sum_RH / total_R[:, None]
-        out_offset_R = (first_token + token_R).to(tl.int64) * out_token_stride + head_R * HEAD_DIM
-        place_H = arranged(head_dim_H) if ARRANGE else head_dim_H
-        out_ptrs = out_ptr + out_offset_R[:, None] + place_H[None, :]
+        out_offset_R = (first_token + token_R).to(tl.int64) * out_token_stride
+        place_RH = (head_R * HEAD_DIM)[:, None] + head_dim_H[None, :]
+        place_RH = arranged(place_RH) if ARRANGE else place_RH
+        out_ptrs = out_ptr + out_offset_R[:, None] + place_RH
         tl.store(out_ptrs, out_RH.to(out_ptr.dtype.element_ty), mask=there_RH)
     else:
         num_programs = tl.num_programs(0) * K * num_splits
@@ -375,8 +376,9 @@ def merge_splits(
     total_R = tl.where(is_row_R, tl.sum(total_XR * share_XR, 0), 1.0)
     out_RH = tl.sum(sum_XRH * share_XR[:, :, None], 0) / total_R[:, None]
     out_offset_R = (first_token + row_R // GROUP).to(tl.int64) * out_token_stride
-    out_offset_R += (kv_head * GROUP + row_R % GROUP) * HEAD_DIM
-    place_H = arranged(head_dim_H) if ARRANGE else head_dim_H
-    out_ptrs = out_ptr + out_offset_R[:, None] + place_H[None, :]
+    head_R = kv_head * GROUP + row_R % GROUP
+    place_RH = (head_R * HEAD_DIM)[:, None] + head_dim_H[None, :]
+    place_RH = arranged(place_RH) if ARRANGE else place_RH
+    out_ptrs = out_ptr + out_offset_R[:, None] + place_RH
     there_RH = is_row_R[:, None] & (head_dim_H < HEAD_DIM)[None, :]
     tl.store(out_ptrs, out_RH.to(out_ptr.dtype.element_ty), mask=there_RH)

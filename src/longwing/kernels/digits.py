@@ -34,7 +34,7 @@ class Digits:
     Attributes:
         num_features: K, without padding.
         dtype: of the numbers.
-        digits_3TK: int8, (3, T, 128 C), the lowest digit first, in the order of `digit_places`.
+        digits_3TK: int8, (3, T, 128 C), the lowest digit first.
         steps_CT: float32, what 1 of a block's whole numbers is.
     """
 
@@ -69,9 +69,8 @@ class Digits:
         exponents_TC = (largest_TC.frexp().exponent - WHOLE_BITS).where(largest_TC > 0, -118)
         steps_TC = torch.ones_like(largest_TC).ldexp(exponents_TC.clamp(min=-118))
         whole_TCB = (x_TCB / steps_TC[..., None]).round().long()
-        places_B = digit_places().to(x_TK.device)
-        for digit in made.digits_3TK.view(NUM_DIGITS, num_tokens, blocks, BLOCK):
-            digit[..., places_B] = whole_TCB.to(torch.int8)
+        for digit_TCB in made.digits_3TK.view(NUM_DIGITS, num_tokens, blocks, BLOCK):
+            digit_TCB.copy_(whole_TCB.to(torch.int8))
             whole_TCB = (whole_TCB + 128) >> 8
         made.steps_CT.copy_(steps_TC.T)
         return made
@@ -85,19 +84,8 @@ class Digits:
         """(T, K) float64: the numbers that these stand for."""
         weights_3 = 256.0 ** torch.arange(NUM_DIGITS, device=self.digits_3TK.device)
         whole_TK = (self.digits_3TK.double() * weights_3[:, None, None]).sum(0)
-        whole_TCB = whole_TK.unflatten(1, (-1, BLOCK))[..., digit_places().to(whole_TK.device)]
+        whole_TCB = whole_TK.unflatten(1, (-1, BLOCK))
         return (whole_TCB * self.steps_CT.T[..., None]).flatten(1)[:, : self.num_features]
-
-
-def digit_places() -> Tensor:
-    """(128,) where in a block each feature's digit lies.
-
-    A lane's eight of a step of 32 side by side, as tensor cores take them, and in the order in
-    which its weights lie: feature 32 s + 16 a + 4 t + 2 u + h at 32 s + 8 t + 4 u + 2 h + a.
-    """
-    at_B = torch.arange(BLOCK)
-    a, t, u, h = at_B // 16 % 2, at_B // 4 % 4, at_B // 2 % 2, at_B % 2
-    return at_B // 32 * 32 + 8 * t + 4 * u + 2 * h + a
 
 
 Activations = Tensor | Digits

@@ -9,12 +9,6 @@ import triton.language as tl
 
 
 @triton.jit
-def _place(at):
-    """See `digits.digit_places`."""
-    return at // 32 * 32 + at // 4 % 4 * 8 + at // 2 % 2 * 4 + at % 2 * 2 + at // 16 % 2
-
-
-@triton.jit
 def leave_digits(x, block_B, token_B, there_B, T, chunks, digits_ptr, steps_ptr):
     """Leave (B, 128) float32 numbers, 0 where padded, as blocks of tokens.
 
@@ -31,7 +25,7 @@ def leave_digits(x, block_B, token_B, there_B, T, chunks, digits_ptr, steps_ptr)
     # Added to 1.5 * 2**23, a number is rounded to a whole one, to even where it is half way.
     whole = (x * inverse_B[:, None] + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000
     row_B = (token_B.to(tl.int64) * chunks + block_B) * 128
-    to = digits_ptr + row_B[:, None] + _place(tl.arange(0, 128))[None, :]
+    to = digits_ptr + row_B[:, None] + tl.arange(0, 128)[None, :]
     stride = T.to(tl.int64) * chunks * 128
     there = tl.broadcast_to(there_B[:, None], whole.shape)
     for digit in tl.static_range(3):

@@ -98,7 +98,7 @@ def paged_attention(
         tiles: instead of what `tiling` chooses.
         num_splits: instead of what `splits` chooses.
         out_TNH: where the result goes, each token's heads in one piece; None for a new tensor.
-        arrange: each head's numbers lie in the order in which a product of many tokens takes them,
+        arrange: a token's numbers lie in the order in which a product of many tokens takes them,
             see `wna16_triton.arranges`.
 
     Raises:

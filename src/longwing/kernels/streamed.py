@@ -8,7 +8,7 @@ Shape key: T tokens, K in features, N out features, G groups, C chunks of 128 in
 The one idea: the tensor cores multiply as soon as a thread holds its fragment, so a weight is
 stored where its thread will want it. Weights are the left operand (outputs are rows). A *cell* is
 32 outputs by 128 inputs. Lane 4 g + t of a warp holds, of the rows g, g + 8, g + 16 and g + 24, the
-inputs 32 s + 16 a + 4 t + 2 u + h (s < 4; a, u, h < 2). Those 32 values of a row fill `bits` words.
+inputs 32 s + 8 t + 4 u + 2 h + a (s < 4; u, h, a < 2). Those 32 values of a row fill `bits` words.
 In each, four of one s and u lie at the same place of its four bytes 2 h + a; so they are the operand
 of an 8-bit tensor core once all other bits are masked out, and the two of one a as well are a *pair*
 p = 4 s + 2 a + u in the halves h, two 16-bit numbers. A warp reads a cell as `bits` loads of 16
@@ -209,9 +209,9 @@ def _lay_out(
 def _cells(q_NK: Tensor, bits: int) -> Tensor:
     """(N, K) values to (N / 32, C, bits, 128) words."""
     signed_NK = q_NK.to(torch.int32) ^ (1 << (bits - 1))
-    q = signed_NK.reshape(-1, 4, 8, q_NK.shape[1] // CELL_IN, 8, 4, 2, 2)
-    # (panel, row of four, g, chunk, sa, t, u, h) -> (panel, chunk, sa, u, h, g, t, row of four).
-    q = q.permute(0, 3, 4, 6, 7, 2, 5, 1).flatten(5).flatten(2, 3)
+    q = signed_NK.reshape(-1, 4, 8, q_NK.shape[1] // CELL_IN, 4, 4, 2, 2, 2)
+    # (panel, row of four, g, chunk, s, t, u, h, a) -> (panel, chunk, s a u, h, g t row of four).
+    q = q.permute(0, 3, 4, 8, 6, 7, 2, 5, 1).flatten(6).flatten(2, 4)
     pairs = q[:, :, :, 0] | q[:, :, :, 1] << 16
     words = pairs.new_zeros(*pairs.shape[:2], bits, pairs.shape[-1])
     for pair, pieces in enumerate(places(bits)):

@@ -126,7 +126,7 @@ def _read_bytes(at, two, bits: tl.constexpr):
 
 @triton.jit
 def _as_operand(q, R: tl.constexpr, width: tl.constexpr):
-    """(32 R, width), rows as `wna16_cells.operand_rows` has them, inputs as `digit_place` does."""
+    """(32 R, width), rows as `wna16_cells.operand_rows` has them, inputs in their order."""
     if width == 128:
         q = q.reshape(R, 8, 4, 2, 2, 2, 2, 2, 2, 2).permute(3, 0, 4, 1, 9, 8, 2, 7, 5, 6)
     elif width == 64:

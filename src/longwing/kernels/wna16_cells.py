@@ -220,18 +220,27 @@ def read_cells(
 def as_operand(q, R: tl.constexpr, width: tl.constexpr, wide: tl.constexpr):
     """(32 R, width), rows as the tensor cores take them: 16 of each warp, then 16 more of each.
 
-    Inputs in their natural order, as mma.sync wants two pairs of a lane side by side; or `wide`,
-    with t and u exchanged, as wgmma wants them.
+    Inputs in their natural order, or `wide`: as wgmma wants them (`fused_device.arranged`).
     """
+    # Axes: R, g, t, two of the row, h, u, a, and of s as many as there are.
     if width == 128:
         q = q.reshape(R, 8, 4, 2, 2, 2, 2, 2, 2, 2)
-        q = q.permute(3, 0, 4, 1, 9, 8, 7, 6 if wide else 2, 2 if wide else 6, 5)
+        if wide:
+            q = q.permute(3, 0, 4, 1, 9, 8, 6, 7, 2, 5)
+        else:
+            q = q.permute(3, 0, 4, 1, 9, 8, 2, 6, 5, 7)
     elif width == 64:
         q = q.reshape(R, 8, 4, 2, 2, 2, 2, 2, 2)
-        q = q.permute(3, 0, 4, 1, 8, 7, 6 if wide else 2, 2 if wide else 6, 5)
+        if wide:
+            q = q.permute(3, 0, 4, 1, 8, 6, 7, 2, 5)
+        else:
+            q = q.permute(3, 0, 4, 1, 8, 2, 6, 5, 7)
     else:
         q = q.reshape(R, 8, 4, 2, 2, 2, 2, 2)
-        q = q.permute(3, 0, 4, 1, 7, 6 if wide else 2, 2 if wide else 6, 5)
+        if wide:
+            q = q.permute(3, 0, 4, 1, 6, 7, 2, 5)
+        else:
+            q = q.permute(3, 0, 4, 1, 2, 6, 5, 7)
     return q.reshape(R * 32, width)
 
 

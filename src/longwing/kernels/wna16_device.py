@@ -380,8 +380,8 @@ def _store_group(
     width: tl.constexpr,
     number: tl.constexpr,
 ):
-    """One group of a cell to rows of the dense matrix. A lane holds inputs 16 j + 4 t to + 3."""
-    w = as_operand(q, R, width, False).to(tl.float32).reshape(32 * R, width // 16, 4, 4)
+    """One group of a cell to rows of the dense matrix. A lane holds inputs 32 j + 8 t to + 7."""
+    w = as_operand(q, R, width, False).to(tl.float32).reshape(32 * R, width // 32, 4, 8)
     w = (w * row_scales(row_ptr, panel, R)[:, None, :, None]).reshape(32 * R, width)
     inputs = k + tl.arange(0, width)[None, :]
     tl.store(dense_ptr + row.to(tl.int64)[:, None] * K + inputs, w.to(number), mask=inputs < K)

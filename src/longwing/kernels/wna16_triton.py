@@ -22,6 +22,7 @@ from itertools import accumulate, pairwise
 from typing import Self
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -46,6 +47,9 @@ from longwing.kernels.wna16_device import make_dense, multiply
 
 DENSE_SLICE = 2**27
 """Weights made dense at once: 256 MiB."""
+
+ARRANGED = 32
+"""Inputs that change places among each other for wide products (`fused_device.arranged`)."""
 
 SLICE_ROWS = 256
 """A slice's rows are a multiple: whole tiles for cuBLAS."""
@@ -123,7 +127,8 @@ def arranges(weight: StreamedWeight, num_tokens: int) -> bool:
 
     Whoever makes the input can write it so at no cost, which saves the product a copy.
     """
-    return NARROW_TOKENS < num_tokens <= STREAM_TOKENS and weight.order_K is None
+    few_or_many = num_tokens <= NARROW_TOKENS or num_tokens > STREAM_TOKENS
+    return not few_or_many and weight.order_K is None and weight.in_features % ARRANGED == 0
 
 
 def takes_digits(weight: StreamedWeight, num_tokens: int) -> bool:
@@ -352,7 +357,7 @@ def _launch(
     arranged: bool,
 ) -> None:
     x, steps_CT = _as_read(x_TK, weight, cut, arranged=arranged)
-    T, K = len(out_TN), weight.in_features
+    T, K = len(out_TN), x.shape[1] if cut.wide else weight.in_features
     N, chunks = weight.starts[-1], weight.words.shape[1]
     groups, chunks_per_group = _groups(weight)
     more_stride = 0 if after.more_TN is None else after.more_TN.stride(0)
@@ -397,8 +402,9 @@ def _as_read(
     if isinstance(x_TK, Digits):
         raise ValueError(f"digits for tiles of {cut.tokens} tokens; they are for tiles of 2 or 8")
     x_TK = _ordered(x_TK, weight.order_K)
-    if not arranged:  # the order in which wgmma takes inputs, see wna16_cells.as_operand
-        x_TK = x_TK.unflatten(-1, (-1, 4, 2, 2)).transpose(-3, -2).flatten(-4)
+    if not arranged:
+        x_TK = F.pad(x_TK, (0, -x_TK.shape[1] % ARRANGED))
+        x_TK = x_TK.unflatten(1, (-1, 4, 2, 2, 2)).permute(0, 1, 3, 5, 2, 4).flatten(1)
     return x_TK.contiguous(), None
 
 
