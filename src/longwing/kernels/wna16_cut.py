@@ -9,6 +9,7 @@ Shape key: T tokens, K in features, N out features.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Self
 
 from longwing.kernels.streamed import TILE_OUT, TOKEN_TILES, StreamedWeight
 
@@ -21,12 +22,8 @@ STREAM_TOKENS = 256
 NARROW_PROGRAMS = 528
 """Programs that a narrow launch aims at: four on each of an H200's 132 multiprocessors."""
 
-PROGRAMS_BESIDE = 1024
-"""Narrow programs of the largest of some launches that run beside each other (bench/cuts.py: for a
-block of Falcon-40B 512 or 2,048 are 4 us slower)."""
-
-CHUNKS_EACH = 4, 32
-"""Chunks of inputs for each of them, at least and at most."""
+LEAST_CHUNKS = 6
+"""Of inputs for each program of a narrow launch beside others, where its tiles allow."""
 
 WIDE_PROGRAMS = 264
 """Wide programs that run at once: two on each multiprocessor, by their registers."""
@@ -52,38 +49,73 @@ class Cut:
         return self.tokens > NARROW_TOKENS
 
 
-def choose_cut(weight: StreamedWeight, num_tokens: int, chunks_each: int | None = None) -> Cut:
-    """The best of those that bench/kernels.py tries. Narrow splits do not depend on the tokens.
+@dataclass(frozen=True, kw_only=True)
+class Beside:
+    """How a launch is cut that runs beside others, which all want room at the same time.
 
-    Alone, a narrow launch is cut so that all its programs run at once and end together. Beside
-    other launches they would not, as these come to lie unevenly over the multiprocessors; there
-    programs are short, of `chunks_each`, and the next ones even that out (bench/step.py). Tiles of
-    16 tokens, of which fewer run at once, take twice as many.
+    Attributes:
+        two: programs that it aims at for up to 2 tokens.
+        eight: for 3 to 8.
+        chunks: of inputs for each program, for 9 to 16.
+    """
+
+    two: int
+    eight: int
+    chunks: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelBlock:
+    """The four products of a block whose attention and MLP run beside each other.
+
+    What attention waits for comes in many programs, and soon; the MLP leaves it room, and the
+    product after attention leaves room to the MLP's second (bench/cuts.py: Falcon-40B and 7B).
+    """
+
+    attention_in: Beside
+    attention_out: Beside
+    mlp_in: Beside
+    mlp_out: Beside
+
+    @classmethod
+    def of(cls, weights: Sequence[StreamedWeight]) -> Self:
+        """For these four, in any order."""
+        most = max(weight.starts[-1] // TILE_OUT * weight.words.shape[1] for weight in weights)
+        chunks = min(max(round(most / 512), 8), 64)
+        return cls(
+            attention_in=Beside(two=432, eight=432, chunks=chunks),
+            attention_out=Beside(two=216, eight=384, chunks=chunks),
+            mlp_in=Beside(two=264, eight=400, chunks=chunks),
+            mlp_out=Beside(two=300, eight=448, chunks=chunks),
+        )
+
+
+def choose_cut(weight: StreamedWeight, num_tokens: int, beside: Beside | None = None) -> Cut:
+    """The best of those that bench/kernels.py tries, or bench/cuts.py for launches beside others.
+
+    Alone, a narrow launch is cut so that all its programs run at once and end together. Launches
+    beside each other share the multiprocessors, and their shared memory: a multiprocessor has to
+    come to rest before it shares that out anew, so narrow launches all have as many stages.
     """
     tiles, chunks = weight.starts[-1] // TILE_OUT, weight.words.shape[1]
-    narrow = 2 if num_tokens <= 2 else 8
-    if num_tokens <= NARROW_TOKENS and chunks_each:
-        return Cut(tokens=narrow, splits=max(round(chunks / chunks_each), 1), stages=4)
     if num_tokens <= NARROW_TOKENS:
-        splits = min(max(round(NARROW_PROGRAMS / tiles), 1), chunks)
-        return Cut(tokens=narrow, splits=splits, stages=3)
+        few = num_tokens <= 2
+        tokens, stages = (2, 4) if few and beside else (2 if few else 8, 3)
+        programs, most = NARROW_PROGRAMS, chunks
+        if beside is not None:
+            programs, most = beside.two if few else beside.eight, chunks // LEAST_CHUNKS
+        splits = max(min(round(programs / tiles), most), 1)
+        return Cut(tokens=tokens, splits=splits, stages=stages)
     tokens = next((tokens for tokens in (16, 32) if num_tokens <= tokens), 64)
     stages = 5 if tokens <= 32 else 3
     token_tiles = -(-num_tokens // tokens)
     if token_tiles > TOKEN_TILES:
         return Cut(tokens=tokens, splits=1, stages=stages)
-    if tokens == 16 and chunks_each:
-        return Cut(tokens=16, splits=max(round(chunks / (2 * chunks_each)), 1), stages=stages)
+    if tokens == 16 and beside is not None:
+        return Cut(tokens=16, splits=max(round(chunks / beside.chunks), 1), stages=stages)
     programs = tiles * token_tiles
     splits = min(range(1, min(chunks, 8) + 1), key=lambda splits: _waves(programs, splits))
     return Cut(tokens=tokens, splits=splits, stages=stages)
-
-
-def chunks_beside(weights: Sequence[StreamedWeight]) -> int:
-    """Chunks of inputs for each narrow program, where these weights' launches run side by side."""
-    most = max(weight.starts[-1] // TILE_OUT * weight.words.shape[1] for weight in weights)
-    least, limit = CHUNKS_EACH
-    return min(max(round(most / PROGRAMS_BESIDE), least), limit)
 
 
 def _waves(programs: int, splits: int) -> float:

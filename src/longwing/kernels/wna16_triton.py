@@ -10,8 +10,8 @@ them dense and leave the rest to cuBLAS. In between, tiles of 64 tokens stream t
 tile. How a launch is cut up is `wna16_cut.py`'s. For up to 8 tokens activations are `Digits`: a
 product makes them of numbers in a small launch, unless whoever made the numbers has left digits.
 
-What is the same to the last bit: a row alone and in any batch of up to 8 tokens; any run and the
-next. Between up to 8, 16, 32, 256 and more tokens, sums differ as float32 sums in another order do,
+What is the same to the last bit: a row alone and in any batch of up to 8 tokens, but for launches
+beside others, which 1 and 2 tokens have cut otherwise; any run and the next. Between up to 8, 16, 32, 256 and more tokens, sums differ as float32 sums in another order do,
 and so do norms that are folded in for up to 8 (`norm_fold.py`).
 """
 
@@ -39,9 +39,9 @@ from longwing.kernels.streamed import (
 from longwing.kernels.wna16_cut import (
     NARROW_TOKENS,
     STREAM_TOKENS,
+    Beside,
     Cut,
     choose_cut,
-    chunks_beside,
 )
 from longwing.kernels.wna16_device import make_dense, multiply
 
@@ -70,7 +70,7 @@ def packed_matmul(
     act: str = "",
     more_TN: Tensor | None = None,
     out_TN: Tensor | None = None,
-    chunks_each: int | None = None,
+    beside: Beside | None = None,
     digits: Digits | None = None,
     arranged: bool = False,
     arrange: bool = False,
@@ -89,7 +89,7 @@ def packed_matmul(
         act: an activation by config.json's name, see `fused_triton.ACTIVATIONS`; "" for none.
         more_TN: added last: a residual. May be out_TN.
         out_TN: where the result goes; rows may lie apart. None for a new tensor.
-        chunks_each: for a launch that runs beside others, see `choose_cut` and `chunks_beside`.
+        beside: for a launch that runs beside others, see `choose_cut`.
         digits: where the result goes a second time; for up to NARROW_TOKENS tokens.
         arranged: x_TK lies in the order that `arranges` is about.
         arrange: the result is to.
@@ -118,7 +118,7 @@ def packed_matmul(
     after = _After(
         bias_N=bias_N, norm=norm, act=act, more_TN=more_TN, arrange=arrange, digits=digits
     )
-    _multiply(x_TK, weight, cut, after, out_TN, chunks_each=chunks_each, arranged=arranged)
+    _multiply(x_TK, weight, cut, after, out_TN, beside=beside, arranged=arranged)
     return out_TN
 
 
@@ -189,7 +189,7 @@ def _multiply(
     after: _After,
     out_TN: Tensor,
     *,
-    chunks_each: int | None = None,
+    beside: Beside | None = None,
     arranged: bool = False,
 ) -> None:
     _check_input(x_TK, weight)
@@ -197,7 +197,7 @@ def _multiply(
     if cut is None and T > STREAM_TOKENS and isinstance(x_TK, Tensor):
         _multiply_dense(_ordered(x_TK, weight.order_K), weight, after, out_TN)
     elif T > 0:
-        cut = cut or choose_cut(weight, T, chunks_each)
+        cut = cut or choose_cut(weight, T, beside)
         partial = out_TN
         if cut.splits > 1:
             shape = (cut.splits, T, weight.starts[-1])
@@ -270,8 +270,7 @@ class SumOfProducts:
         bias_N: of all together.
         norms_N: weights of the LayerNorms that follow, one or two, to be folded; for up to
             NARROW_TOKENS tokens.
-        chunks_each: where more launches than these run side by side; None for what `chunks_beside`
-            gives for these.
+        beside: how each is cut, where they run beside each other.
 
     Attributes:
         scaled: what those norms' products need, once all is added; None without norms.
@@ -285,14 +284,16 @@ class SumOfProducts:
         bias_N: Tensor | None = None,
         *,
         norms_N: Sequence[Tensor] = (),
-        chunks_each: int | None = None,
+        beside: Sequence[Beside] | None = None,
     ) -> None:
         self.weights, self.out_TN = weights, out_TN
         self.scaled: Scaled | None = None
         self._streams = 0 < len(out_TN) <= STREAM_TOKENS
         if self._streams:
-            chunks_each = chunks_each or chunks_beside(weights)
-            self._cuts = [choose_cut(weight, len(out_TN), chunks_each) for weight in weights]
+            self._cuts = [
+                choose_cut(weight, len(out_TN), one)
+                for weight, one in zip(weights, beside or [None] * len(weights), strict=True)
+            ]
             if norms_N:
                 self.scaled = Scaled.like(out_TN, norms_N, TILE_OUT)
             self._starts = [0, *accumulate(cut.splits for cut in self._cuts)]

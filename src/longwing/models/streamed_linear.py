@@ -17,6 +17,7 @@ from longwing.kernels import PackedWeight, StreamedWeight
 from longwing.kernels.digits import Activations, Digits
 from longwing.kernels.norm_fold import FoldedNorm, Scaled, through
 from longwing.kernels.streamed import stream, take_outputs
+from longwing.kernels.wna16_cut import Beside
 from longwing.layers import Linear
 from longwing.layers.lora import LoRALinear, added_by, base_of
 
@@ -93,7 +94,7 @@ class StreamedLinear(nn.Module):
         act: str = "",
         more_TO: Tensor | None = None,
         out_TO: Tensor | None = None,
-        chunks_each: int | None = None,
+        beside: Beside | None = None,
         digits: Digits | None = None,
         arranged: bool = False,
         arrange: bool = False,
@@ -111,7 +112,7 @@ class StreamedLinear(nn.Module):
                 bias_N=self.bias,
                 more_TN=more_TO,
                 out_TN=out_TO,
-                chunks_each=chunks_each,
+                beside=beside,
             )
             return self.finished(out_TO, x_TI, act)
         return wna16_triton.packed_matmul(
@@ -122,7 +123,7 @@ class StreamedLinear(nn.Module):
             act=act,
             more_TN=more_TO,
             out_TN=out_TO,
-            chunks_each=chunks_each,
+            beside=beside,
             digits=digits,
             arranged=arranged,
             arrange=arrange,

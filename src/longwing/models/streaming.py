@@ -33,7 +33,7 @@ from longwing.kernels import (
 from longwing.kernels.digits import Activations, Digits
 from longwing.kernels.norm_fold import FoldedNorm
 from longwing.kernels.streamed import fits, stackable, stream
-from longwing.kernels.wna16_cut import chunks_beside
+from longwing.kernels.wna16_cut import ParallelBlock
 from longwing.layers import Linear, Rotation
 from longwing.layers.lora import LoRALinear, base_of
 from longwing.models.branch import Branch
@@ -179,12 +179,11 @@ class StreamedFalconBlock(nn.Module):
         sum_TD = hidden_TD if alone else torch.empty_like(hidden_TD)
         more_TD = hidden_TD if alone else None
         norms_D = () if self.outgoing is None else self.outgoing.norms_for(T)
-        side_by_side = (self.qkv.weight, self.up.weight, *outs)
-        chunks_each = chunks_beside(side_by_side)
+        shares = ParallelBlock.of((self.qkv.weight, self.up.weight, *outs))
         total = wna16_triton.SumOfProducts(
             *(outs, more_TD, sum_TD, self.out_bias),
             norms_N=norms_D if alone else (),
-            chunks_each=chunks_each,
+            beside=(shares.attention_out, shares.mlp_out),
         )
         up_TF = hidden_TD.new_empty(T, self.up.weight.parts[0])
         up_digits = self._digits_between(hidden_TD)
@@ -195,7 +194,7 @@ class StreamedFalconBlock(nn.Module):
                 norm=folded[1],
                 act=self.act,
                 out_TO=up_TF,
-                chunks_each=chunks_each,
+                beside=shares.mlp_in,
                 digits=up_digits,
                 arranged=normed,
                 arrange=activated,
@@ -206,7 +205,7 @@ class StreamedFalconBlock(nn.Module):
             side = Branch(hidden_TD.device)
             side.run(mlp)
             qkv_TO = self.qkv(
-                for_attention_TD, norm=folded[0], chunks_each=chunks_each, arranged=normed
+                for_attention_TD, norm=folded[0], beside=shares.attention_in, arranged=normed
             )
             attended = self._attention_arranges(qkv_TO, inputs)
             attended_TD = self._attend(qkv_TO, rotation, inputs, arrange=attended)
