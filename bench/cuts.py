@@ -24,7 +24,7 @@ from step import MODELS, PAGE_LEN, Bench, fill, random_model
 from longwing.engine.runner import Runner
 from longwing.kernels import StreamedWeight
 from longwing.kernels import wna16_triton as kernels
-from longwing.kernels.wna16_cut import Cut
+from longwing.kernels.wna16_cut import Beside, Cut, ParallelBlock
 from longwing.models.fused_norm import Handover
 
 LAYERS = 12
@@ -36,8 +36,14 @@ STEPS = 30
 WAYS: dict[str, dict[str, Any]] = {
     "as chosen": {},
     "norms by themselves": {"fold": False},
-    "8 chunks": {"chunks": 8},
-    "32 chunks": {"chunks": 32},
+    "as if alone": {"alone": True},
+    "attention_in twice": {"attention_in": 2.0},
+    "attention_in half": {"attention_in": 0.5},
+    "attention_out twice": {"attention_out": 2.0},
+    "attention_out half": {"attention_out": 0.5},
+    "mlp_in twice": {"mlp_in": 2.0},
+    "mlp_out half": {"mlp_out": 0.5},
+    "mlp_out twice": {"mlp_out": 2.0},
     "3 stages": {"stages": 3},
     "4 stages": {"stages": 4},
     "5 stages": {"stages": 5},
@@ -49,18 +55,28 @@ WAYS: dict[str, dict[str, Any]] = {
 def cut(way: dict[str, Any]) -> Iterator[None]:
     """Let products be cut in another way than `choose_cut` would.
 
-    A way may say: whether norms `fold`; `chunks` of each program beside others; and the `stages`.
+    A way may say: whether norms `fold`; whether all are cut as if `alone`; how many times as many
+    programs one of a `ParallelBlock`'s products has, by its name; and the `stages` of all.
     """
-    choose = kernels.choose_cut
+    choose, of = kernels.choose_cut, ParallelBlock.of
 
-    def chosen(weight: StreamedWeight, num_tokens: int, chunks_each: int | None = None) -> Cut:
-        found = choose(weight, num_tokens, chunks_each and way.get("chunks", chunks_each))
-        return replace(found, stages=way.get("stages", found.stages)) if chunks_each else found
+    def chosen(weight: StreamedWeight, num_tokens: int, beside: Beside | None = None) -> Cut:
+        found = choose(weight, num_tokens, None if way.get("alone") else beside)
+        return replace(found, stages=way.get("stages", found.stages)) if beside else found
+
+    def shares(**weights: StreamedWeight) -> ParallelBlock:
+        block = of(**weights)
+        for name in weights:
+            times, beside = way.get(name, 1), getattr(block, name)
+            aims = {"two": round(beside.two * times), "eight": round(beside.eight * times)}
+            block = replace(block, **{name: replace(beside, **aims)})
+        return block
 
     with ExitStack() as stack:
         if not way.get("fold", True):
             stack.enter_context(patch.object(Handover, "norms_for", lambda *_: ()))
         stack.enter_context(patch.object(kernels, "choose_cut", chosen))
+        stack.enter_context(patch.object(ParallelBlock, "of", shares))
         yield
 
 

@@ -149,8 +149,8 @@ def cuts(record: Record) -> None:
         K, N = SHAPES[name]
         for bits in (4, 3):
             weights = rotated(bits, K, N, 128, True)
-            for tokens, stages in [(8, 3), (8, 4), (16, 3), (16, 4), (32, 3), (64, 3)]:
-                x_TK = torch.randn(1 if tokens == 8 else tokens, K, device="cuda").bfloat16()
+            for tokens, stages in [(2, 3), (2, 4), (8, 3), (16, 3), (16, 4), (32, 3), (64, 3)]:
+                x_TK = torch.randn(1 if tokens == 2 else tokens, K, device="cuda").bfloat16()
                 splits = {round(programs * TILE_OUT / N) for programs in range(132, 925, 132)}
                 us = {
                     n: ours(x_TK, weights, Cut(tokens=tokens, splits=n, stages=stages))

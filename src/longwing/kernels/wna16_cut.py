@@ -7,7 +7,6 @@ Shape key: T tokens, K in features, N out features.
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -21,9 +20,6 @@ STREAM_TOKENS = 256
 
 NARROW_PROGRAMS = 528
 """Programs that a narrow launch aims at: four on each of an H200's 132 multiprocessors."""
-
-LEAST_CHUNKS = 6
-"""Of inputs for each program of a narrow launch beside others, where its tiles allow."""
 
 WIDE_PROGRAMS = 264
 """Wide programs that run at once: two on each multiprocessor, by their registers."""
@@ -51,25 +47,36 @@ class Cut:
 
 @dataclass(frozen=True, kw_only=True)
 class Beside:
-    """How a launch is cut that runs beside others, which all want room at the same time.
+    """How a launch is cut that runs beside another, which wants room at the same time.
 
     Attributes:
         two: programs that it aims at for up to 2 tokens.
         eight: for 3 to 8.
-        chunks: of inputs for each program, for 9 to 16.
+        least: chunks of inputs for each of those programs.
+        stages: for up to 2 tokens.
+        sixteen: chunks of inputs for each program, for 9 to 16 tokens.
     """
 
     two: int
     eight: int
-    chunks: int
+    least: int
+    stages: int
+    sixteen: int
+
+    def splits(self, weight: StreamedWeight, num_tokens: int) -> int:
+        """Programs that share a tile's inputs, for up to 8 tokens."""
+        tiles, chunks = _tiles_and_chunks(weight)
+        aim = self.two if num_tokens <= 2 else self.eight
+        return max(min(round(aim / tiles), chunks // self.least), 1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelBlock:
     """The four products of a block whose attention and MLP run beside each other.
 
-    What attention waits for comes in many programs, and soon; the MLP leaves it room, and the
-    product after attention leaves room to the MLP's second (bench/cuts.py: Falcon-40B and 7B).
+    What attention waits for comes in many programs, and soon; the MLP's first product leaves it
+    room; and the product after attention takes the room that the MLP's second leaves (bench/cuts.py
+    on Falcon-40B and 7B, whose best ways these are to 1 us of a block).
     """
 
     attention_in: Beside
@@ -78,44 +85,57 @@ class ParallelBlock:
     mlp_out: Beside
 
     @classmethod
-    def of(cls, weights: Sequence[StreamedWeight]) -> Self:
-        """For these four, in any order."""
-        most = max(weight.starts[-1] // TILE_OUT * weight.words.shape[1] for weight in weights)
-        chunks = min(max(round(most / 512), 8), 64)
+    def of(
+        cls,
+        *,
+        attention_in: StreamedWeight,
+        attention_out: StreamedWeight,
+        mlp_in: StreamedWeight,
+        mlp_out: StreamedWeight,
+    ) -> Self:
+        """For these weights."""
+        most = max(
+            math.prod(_tiles_and_chunks(weight))
+            for weight in (attention_in, attention_out, mlp_in, mlp_out)
+        )
+        sixteen = min(max(round(most / 512), 8), 64)
+        second = Beside(two=528, eight=528, least=16, stages=3, sixteen=sixteen)
+        taken = _tiles_and_chunks(mlp_out)[0] * second.splits(mlp_out, 1)
         return cls(
-            attention_in=Beside(two=432, eight=432, chunks=chunks),
-            attention_out=Beside(two=216, eight=384, chunks=chunks),
-            mlp_in=Beside(two=264, eight=400, chunks=chunks),
-            mlp_out=Beside(two=300, eight=448, chunks=chunks),
+            attention_in=Beside(two=576, eight=432, least=6, stages=4, sixteen=sixteen),
+            attention_out=Beside(two=640 - taken, eight=384, least=6, stages=4, sixteen=sixteen),
+            mlp_in=Beside(two=264, eight=400, least=6, stages=4, sixteen=sixteen),
+            mlp_out=second,
         )
 
 
 def choose_cut(weight: StreamedWeight, num_tokens: int, beside: Beside | None = None) -> Cut:
     """The best of those that bench/kernels.py tries, or bench/cuts.py for launches beside others.
 
-    Alone, a narrow launch is cut so that all its programs run at once and end together. Launches
-    beside each other share the multiprocessors, and their shared memory: a multiprocessor has to
-    come to rest before it shares that out anew, so narrow launches all have as many stages.
+    Alone, a narrow launch is cut so that all its programs run at once and end together.
     """
-    tiles, chunks = weight.starts[-1] // TILE_OUT, weight.words.shape[1]
+    tiles, chunks = _tiles_and_chunks(weight)
     if num_tokens <= NARROW_TOKENS:
         few = num_tokens <= 2
-        tokens, stages = (2, 4) if few and beside else (2 if few else 8, 3)
-        programs, most = NARROW_PROGRAMS, chunks
-        if beside is not None:
-            programs, most = beside.two if few else beside.eight, chunks // LEAST_CHUNKS
-        splits = max(min(round(programs / tiles), most), 1)
-        return Cut(tokens=tokens, splits=splits, stages=stages)
+        if beside is None:
+            splits, stages = max(min(round(NARROW_PROGRAMS / tiles), chunks), 1), 3
+        else:
+            splits, stages = beside.splits(weight, num_tokens), beside.stages if few else 3
+        return Cut(tokens=2 if few else 8, splits=splits, stages=stages)
     tokens = next((tokens for tokens in (16, 32) if num_tokens <= tokens), 64)
     stages = 5 if tokens <= 32 else 3
     token_tiles = -(-num_tokens // tokens)
     if token_tiles > TOKEN_TILES:
         return Cut(tokens=tokens, splits=1, stages=stages)
     if tokens == 16 and beside is not None:
-        return Cut(tokens=16, splits=max(round(chunks / beside.chunks), 1), stages=stages)
+        return Cut(tokens=16, splits=max(round(chunks / beside.sixteen), 1), stages=stages)
     programs = tiles * token_tiles
     splits = min(range(1, min(chunks, 8) + 1), key=lambda splits: _waves(programs, splits))
     return Cut(tokens=tokens, splits=splits, stages=stages)
+
+
+def _tiles_and_chunks(weight: StreamedWeight) -> tuple[int, int]:
+    return weight.starts[-1] // TILE_OUT, weight.words.shape[1]
 
 
 def _waves(programs: int, splits: int) -> float:

@@ -179,7 +179,12 @@ class StreamedFalconBlock(nn.Module):
         sum_TD = hidden_TD if alone else torch.empty_like(hidden_TD)
         more_TD = hidden_TD if alone else None
         norms_D = () if self.outgoing is None else self.outgoing.norms_for(T)
-        shares = ParallelBlock.of((self.qkv.weight, self.up.weight, *outs))
+        shares = ParallelBlock.of(
+            attention_in=self.qkv.weight,
+            attention_out=outs[0],
+            mlp_in=self.up.weight,
+            mlp_out=outs[1],
+        )
         total = wna16_triton.SumOfProducts(
             *(outs, more_TD, sum_TD, self.out_bias),
             norms_N=norms_D if alone else (),
