@@ -134,15 +134,16 @@ def test_digits_where_none_are_taken_are_refused() -> None:
     assert triton.takes_digits(weight, 8)
     assert not triton.takes_digits(weight, 9)
     assert not triton.takes_digits(turned, 1)
+    one, short, nine = (Digits.of(_numbers(*shape)) for shape in ((1, 256), (1, 128), (9, 256)))
     with pytest.raises(ValueError, match="another order"):
-        triton.packed_matmul(Digits.of(_numbers(1, 256)), turned)
+        triton.packed_matmul(one, turned)
     with pytest.raises(ValueError, match="128 features"):
-        triton.packed_matmul(Digits.of(_numbers(1, 128)), weight)
+        triton.packed_matmul(short, weight)
     with pytest.raises(ValueError, match="9 tokens"):
-        triton.packed_matmul(Digits.of(_numbers(9, 256)), weight)
+        triton.packed_matmul(nine, weight)
+    cut = triton.Cut(tokens=16, splits=1, stages=2)
     with pytest.raises(ValueError, match="tiles of 16 tokens"):
-        cut = triton.Cut(tokens=16, splits=1, stages=2)
-        triton.packed_matmul(Digits.of(_numbers(1, 256)), weight, cut)
+        triton.packed_matmul(one, weight, cut)
+    x_TK, room = _numbers(9, 256), Digits.of(_numbers(9, 40))
     with pytest.raises(ValueError, match="digits of 9 tokens; it is for 8 at most"):
-        room = Digits.room(9, 40, torch.float16, torch.device(DEVICE))
-        triton.packed_matmul(_numbers(9, 256), weight, digits=room)
+        triton.packed_matmul(x_TK, weight, digits=room)

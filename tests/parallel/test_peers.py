@@ -23,7 +23,7 @@ triton: Any = pytest.importorskip("triton")
 if type(triton.language.max).__name__ == "JITFunction":
     pytest.skip("this needs Triton's interpreter", allow_module_level=True)
 
-from longwing.kernels.digits import Digits
+from longwing.kernels.digits import Digits  # noqa: E402
 from longwing.kernels.norm_fold import Scaled  # noqa: E402
 from longwing.parallel import Group  # noqa: E402
 from longwing.parallel import peers as module  # noqa: E402

@@ -58,9 +58,14 @@ class Digits:
         )
 
     @classmethod
+    def room_like(cls, x_TK: Tensor) -> Self:
+        """Room for the digits of x."""
+        return cls.room(x_TK.shape[0], x_TK.shape[1], x_TK.dtype, x_TK.device)
+
+    @classmethod
     def of(cls, x_TK: Tensor) -> Self:
         """What the kernels make of x; the reference."""
-        made = cls.room(*x_TK.shape, x_TK.dtype, x_TK.device)
+        made = cls.room_like(x_TK)
         blocks, num_tokens = made.steps_CT.shape
         x_TCB = x_TK.new_zeros(num_tokens, blocks * BLOCK, dtype=torch.float64)
         x_TCB[:, : x_TK.shape[1]] = x_TK

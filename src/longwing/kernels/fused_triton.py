@@ -74,10 +74,7 @@ def layer_norm_digits(
     eps: float,
 ) -> tuple[Digits, Digits]:
     """What `layer_norms` gives, as the products of few tokens read it."""
-    outs = [
-        Digits.room(*x_TD.shape, x_TD.dtype, x_TD.device)
-        for _ in ((first,) if second is None else (first, second))
-    ]
+    outs = [Digits.room_like(x_TD) for _ in ((first,) if second is None else (first, second))]
     _normalise(x_TD, outs, first, second, eps)
     return outs[0], outs[-1]
 
@@ -91,7 +88,7 @@ def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
 
 def rms_norm_digits(x_TD: Tensor, weight_D: Tensor, eps: float) -> Digits:
     """What `rms_norm` gives, as the products of few tokens read it."""
-    made = Digits.room(*x_TD.shape, x_TD.dtype, x_TD.device)
+    made = Digits.room_like(x_TD)
     _normalise(x_TD, [made], (weight_D, None), None, eps)
     return made
 
@@ -111,7 +108,7 @@ def gated(gate_TF: Tensor, up_TF: Tensor, act: str) -> Tensor:
 
 def gated_digits(gate_TF: Tensor, up_TF: Tensor, act: str) -> Digits:
     """What `gated` gives, as the products of few tokens read it."""
-    made = Digits.room(*up_TF.shape, up_TF.dtype, up_TF.device)
+    made = Digits.room_like(up_TF)
     _activate(up_TF, gate_TF, made, act)
     return made
 
@@ -125,7 +122,7 @@ def _normalise(
     *,
     arrange: bool = False,
 ) -> None:
-    """One norm or two, an LayerNorm if it has a bias, to where each is to go."""
+    """One norm or two, LayerNorms if it has a bias, to where each is to go."""
     x_TD = x_TD.contiguous()
     T, D = x_TD.shape
     if D > LONGEST_ROW:

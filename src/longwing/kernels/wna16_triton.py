@@ -18,7 +18,7 @@ and so do norms that are folded in for up to 8 (`norm_fold.py`).
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import accumulate, pairwise, zip_longest
 from typing import Self
 
 import torch
@@ -292,7 +292,7 @@ class SumOfProducts:
         if self._streams:
             self._cuts = [
                 choose_cut(weight, len(out_TN), one)
-                for weight, one in zip(weights, beside or [None] * len(weights), strict=True)
+                for weight, one in zip_longest(weights, beside or ())
             ]
             if norms_N:
                 self.scaled = Scaled.like(out_TN, norms_N, TILE_OUT)
@@ -402,11 +402,11 @@ def _as_read(
         return digits.digits_3TK, digits.steps_CT
     if isinstance(x_TK, Digits):
         raise ValueError(f"digits for tiles of {cut.tokens} tokens; they are for tiles of 2 or 8")
-    x_TK = _ordered(x_TK, weight.order_K)
+    numbers_TK = _ordered(x_TK, weight.order_K)
     if not arranged:
-        x_TK = F.pad(x_TK, (0, -x_TK.shape[1] % ARRANGED))
-        x_TK = x_TK.unflatten(1, (-1, 4, 2, 2, 2)).permute(0, 1, 3, 5, 2, 4).flatten(1)
-    return x_TK.contiguous(), None
+        numbers_TK = F.pad(numbers_TK, (0, -numbers_TK.shape[1] % ARRANGED))
+        numbers_TK = numbers_TK.unflatten(1, (-1, 4, 2, 2, 2)).permute(0, 1, 3, 5, 2, 4).flatten(1)
+    return numbers_TK.contiguous(), None
 
 
 def _left(after: _After) -> tuple[Tensor | None, ...]:

@@ -50,10 +50,11 @@ class FusedNorm(nn.Module):
         first, second = self.norm, self.second
         if not isinstance(first, nn.LayerNorm):  # unreachable: only Falcons ask for both
             raise RuntimeError(f"a {type(first).__name__} where LayerNorms are needed")
-        pairs = (first.weight, first.bias), second and (second.weight, second.bias)
+        one = (first.weight, first.bias)
+        other = None if second is None else (second.weight, second.bias)
         if digits:
-            return fused_triton.layer_norm_digits(x_TD, *pairs, first.eps)
-        return fused_triton.layer_norms(x_TD, *pairs, first.eps, arrange=arrange)
+            return fused_triton.layer_norm_digits(x_TD, one, other, first.eps)
+        return fused_triton.layer_norms(x_TD, one, other, first.eps, arrange=arrange)
 
 
 class Handover:

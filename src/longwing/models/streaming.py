@@ -282,10 +282,9 @@ class StreamedLlamaBlock(nn.Module):
         _add_product(hidden_TD, self.attention_out, attended_TD, self.group)
         normed_TD = self.mlp_norm(hidden_TD, digits=_take_digits(self.gate_up, T))
         gate_TF, up_TF = _each(self.gate_up, normed_TD)
-        gated = fused_triton.gated
-        if self.mlp_out.takes_digits(T):
-            gated = fused_triton.gated_digits
-        gated_TF = gated(gate_TF, up_TF, self.act)
+        digits = self.mlp_out.takes_digits(T)
+        gated = fused_triton.gated_digits if digits else fused_triton.gated
+        gated_TF: Activations = gated(gate_TF, up_TF, self.act)
         return _add_product(hidden_TD, self.mlp_out, gated_TF, self.group)
 
 
@@ -324,10 +323,11 @@ def _stacked(
     return nn.ModuleList(StreamedLinear((linear,), dtype) for linear in linears)
 
 
-def _take_digits(stacked: StreamedLinear | nn.ModuleList, num_tokens: int) -> bool:
-    """Whether each of some linears takes its input as digits."""
-    linears = [stacked] if isinstance(stacked, StreamedLinear) else stacked
-    return all(linear.takes_digits(num_tokens) for linear in linears)
+def _take_digits(stacked: nn.Module, num_tokens: int) -> bool:
+    """Whether a linear, or each of a list of them, takes its input as digits."""
+    if isinstance(stacked, StreamedLinear):
+        return stacked.takes_digits(num_tokens)
+    return all(_take_digits(linear, num_tokens) for linear in stacked.children())
 
 
 def _each(stacked: StreamedLinear | nn.ModuleList, x_TI: Activations) -> tuple[Tensor, ...]:

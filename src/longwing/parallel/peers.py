@@ -156,7 +156,7 @@ class Peers:
             norms_D = ()
         scaled = Scaled.like(out, norms_D, TILE) if norms_D else None
         norms = (*norms_D, None, None)[:2]
-        to = (None, None, None)
+        to: tuple[Tensor | None, ...] = (None, None, None)
         if scaled is not None:
             to = (scaled.digits_X3TK, scaled.steps_XCT, scaled.stats_ST2)
         with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
