@@ -20,6 +20,7 @@ from longwing.kernels import (
     paged_attention,
     write_kv,
 )
+from longwing.kernels.digits import Digits
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
@@ -121,6 +122,26 @@ def test_heads_can_be_written_in_the_order_that_a_product_of_many_tokens_takes(
     )
     by_lane = natural_TNH.flatten(1).unflatten(1, (-1, 4, 2, 2, 2)).permute(0, 1, 3, 5, 2, 4)
     assert torch.equal(arranged_TNH.flatten(1), by_lane.flatten(1))
+
+
+@pytest.mark.parametrize("heads", [(6, 3), (3, 3), (71, 1)])
+@pytest.mark.parametrize("head_dim", [64, 96, 256])
+@pytest.mark.parametrize("num_splits", [1, 3])
+def test_a_step_of_few_tokens_leaves_the_digits_of_its_result(
+    num_splits: int, head_dim: int, heads: tuple[int, int]
+) -> None:
+    for step, most_new in ((DECODE, 1), (DECODE, None), ({"new": [3, 1], "contexts": [9, 50]}, 3)):
+        q_TNH, inputs, spec = _step(**step, heads=heads, head_dim=head_dim, dtype=torch.float16)
+        room = Digits.of(torch.zeros_like(q_TNH).flatten(1))
+        found_TNH = paged_triton.paged_attention(
+            *(q_TNH, inputs.pages[0], inputs, spec),
+            most_new=most_new,
+            num_splits=num_splits,
+            digits=room,
+        )
+        expected = Digits.of(found_TNH.flatten(1))
+        assert torch.equal(room.digits_3TK, expected.digits_3TK)
+        assert torch.equal(room.steps_CT, expected.steps_CT)
 
 
 def test_sequences_that_decode_beside_a_prompt_get_a_call_of_their_own() -> None:

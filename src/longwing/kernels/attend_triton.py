@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc
 
+from longwing.kernels.digits_device import leave_digits
 from longwing.kernels.fused_device import arranged
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -327,9 +328,13 @@ def _bfloat16_value(x):
     return (bits & -65536).to(tl.float32, bitcast=True)
 
 
-@triton.jit(do_not_specialize=["num_sequences", "tiles_each", "out_token_stride", "num_splits"])
+@triton.jit(
+    do_not_specialize=["num_sequences", "tiles_each", "out_token_stride", "num_splits", "T"]
+)
 def merge_splits(
     out_ptr,
+    digits_ptr,
+    steps_ptr,
     scratch_ptr,
     starts_ptr,
     context_lens_ptr,
@@ -337,6 +342,7 @@ def merge_splits(
     tiles_each,
     out_token_stride,
     num_splits,
+    T,
     K: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -347,7 +353,11 @@ def merge_splits(
     SPLITS: tl.constexpr,
     MERGED_ROWS: tl.constexpr,
 ):
-    """Some rows of a tile: the splits' sums, brought to one peak and added, over their totals."""
+    """Some rows of a tile: the splits' sums, brought to one peak and added, over their totals.
+
+    With digits_ptr a sequence has one new token, its rows are whole blocks of 128 numbers, and they
+    go to `Digits` of T tokens, too.
+    """
     tile, kv_head = tl.program_id(0), tl.program_id(1)
     _, first_token, _, num_rows, first_row = _place(
         tile, starts_ptr, context_lens_ptr, num_sequences, tiles_each, GROUP, ROWS
@@ -381,4 +391,12 @@ def merge_splits(
     place_RH = arranged(place_RH) if ARRANGE else place_RH
     out_ptrs = out_ptr + out_offset_R[:, None] + place_RH
     there_RH = is_row_R[:, None] & (head_dim_H < HEAD_DIM)[None, :]
-    tl.store(out_ptrs, out_RH.to(out_ptr.dtype.element_ty), mask=there_RH)
+    rounded_RH = out_RH.to(out_ptr.dtype.element_ty)
+    tl.store(out_ptrs, rounded_RH, mask=there_RH)
+    if digits_ptr is not None:
+        blocks: tl.constexpr = MERGED_ROWS * HEAD_DIM // 128
+        x = tl.where(there_RH, rounded_RH.to(tl.float32), 0.0).reshape(blocks, 128)
+        last_B = tl.max(tl.where(there_RH, place_RH, -1).reshape(blocks, 128), axis=1)
+        token_B = tl.zeros((blocks,), tl.int32) + first_token
+        num_blocks = tl.cdiv(K * GROUP * HEAD_DIM, 128)
+        leave_digits(x, last_B // 128, token_B, last_B >= 0, T, num_blocks, digits_ptr, steps_ptr)

@@ -55,7 +55,7 @@ def make_digits(
     block_B = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
     at = block_B[:, None] * 128 + tl.arange(0, 128)[None, :]
     valid = at < K
-    if order_ptr is not None:
+    if order_ptr is not None:  # noqa: SIM108
         source = tl.load(order_ptr + at, mask=valid, other=0)
     else:
         source = at

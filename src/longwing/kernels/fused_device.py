@@ -56,8 +56,10 @@ def activate(x, act: tl.constexpr):
 
 @triton.jit
 def arranged(at):
-    """Where inputs lie for a product of many tokens: 32 s + 8 t + 4 u + 2 h + a goes to
-    32 s + 16 u + 8 a + 2 t + h, as wgmma takes what a lane has of a cell (`streamed.py`).
+    """Where inputs lie for a product of many tokens.
+
+    Input 32 s + 8 t + 4 u + 2 h + a goes to 32 s + 16 u + 8 a + 2 t + h, as wgmma takes what a lane
+    has of a cell (`streamed.py`).
     """
     return at // 32 * 32 + at // 4 % 2 * 16 + at % 2 * 8 + at // 8 % 4 * 2 + at // 2 % 2
 

@@ -33,11 +33,11 @@ DIGIT_BLOCKS = 8
 """Blocks of a token that a program of `as_digits` takes."""
 
 
-def as_digits(x_TK: Tensor, order_K: Tensor | None = None) -> Digits:
-    """What `Digits.of` gives; of features in another order, if one is given."""
+def as_digits(x_TK: Tensor, order_K: Tensor | None = None, *, made: Digits | None = None) -> Digits:
+    """What `Digits.of` gives; of features in another order, if one is given; to where is told."""
     x_TK = x_TK if x_TK.stride(1) == 1 else x_TK.contiguous()
     T, K = len(x_TK), x_TK.shape[1] if order_K is None else len(order_K)
-    made = Digits.room(T, K, x_TK.dtype, x_TK.device)
+    made = made or Digits.room(T, K, x_TK.dtype, x_TK.device)
     blocks = len(made.steps_CT)
     if T and K:
         with torch.cuda.device_of(x_TK):

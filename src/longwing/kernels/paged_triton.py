@@ -30,6 +30,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from longwing.errors import RequestError
 from longwing.kernels.attend_triton import attend_tile, merge_splits
 from longwing.kernels.attention import AttentionSpec
+from longwing.kernels.digits import BLOCK, Digits
+from longwing.kernels.fused_triton import as_digits
 from longwing.kernels.pages import AttentionInputs, KVPages
 
 MIN_SPLIT_LEN = 64
@@ -80,6 +82,7 @@ def paged_attention(
     tiles: Tiling | None = None,
     num_splits: int | None = None,
     out_TNH: Tensor | None = None,
+    digits: Digits | None = None,
     arrange: bool = False,
 ) -> Tensor:
     """Each sequence's new tokens over its pages; (T, N, H) in q's dtype.
@@ -98,6 +101,7 @@ def paged_attention(
         tiles: instead of what `tiling` chooses.
         num_splits: instead of what `splits` chooses.
         out_TNH: where the result goes, each token's heads in one piece; None for a new tensor.
+        digits: where the result goes a second time, for the product of a few tokens that reads it.
         arrange: a token's numbers lie in the order in which a product of many tokens takes them,
             see `wna16_triton.arranges`.
 
@@ -174,20 +178,34 @@ def paged_attention(
     if num_splits > 1:
         splits_block = triton.next_power_of_2(num_splits)
         merged_rows = max(1, min(MERGE // (splits_block * shape["HEAD_BLOCK"]), tiles.rows))
+        to: tuple[Tensor | None, Tensor | None] = (None, None)
+        if digits is not None and most_new == 1 and _in_blocks(group, K, H):
+            merged_rows = max(merged_rows, BLOCK // H)
+            to, digits = (digits.digits_3TK, digits.steps_CT), None
         merge_splits[(num_tiles, K, tiles.rows // merged_rows)](
             out_TNH,
+            *to,
             scratch,
             *where,
             S,
             tiles_each,
             out_TNH.stride(0),
             num_splits,
+            T,
             **shape,
             SPLITS=splits_block,
             MERGED_ROWS=merged_rows,
             **early,
         )
+    if digits is not None:
+        as_digits(out_TNH.flatten(1), made=digits)
     return out_TNH
+
+
+def _in_blocks(group: int, num_kv_heads: int, H: int) -> bool:
+    """Whether the query heads of a KV head are whole blocks of a token's numbers."""
+    fit = H % BLOCK == 0 or BLOCK % H == 0
+    return H.bit_count() == 1 and fit and (num_kv_heads == 1 or group * H % BLOCK == 0)
 
 
 def tiling(rows: int, head_dim: int, page_len: int, dtype: torch.dtype) -> Tiling:

@@ -9,10 +9,11 @@ The one idea: the tensor cores multiply as soon as a thread holds its fragment, 
 stored where its thread will want it. Weights are the left operand (outputs are rows). A *cell* is
 32 outputs by 128 inputs. Lane 4 g + t of a warp holds, of the rows g, g + 8, g + 16 and g + 24, the
 inputs 32 s + 8 t + 4 u + 2 h + a (s < 4; u, h, a < 2). Those 32 values of a row fill `bits` words.
-In each, four of one s and u lie at the same place of its four bytes 2 h + a; so they are the operand
-of an 8-bit tensor core once all other bits are masked out, and the two of one a as well are a *pair*
-p = 4 s + 2 a + u in the halves h, two 16-bit numbers. A warp reads a cell as `bits` loads of 16
-bytes a lane, 512 in a row, and no weight changes lanes. Values lie less 2**(bits - 1), as signed.
+In each, four of one s and u lie at the same place of its four bytes 2 h + a: once all other bits
+are masked out, they are the operand of an 8-bit tensor core. The two of one a, besides, are a
+*pair* p = 4 s + 2 a + u in the halves h, which become two 16-bit numbers. A warp reads a cell as
+`bits` loads of 16 bytes a lane, 512 in a row, and no weight changes lanes. Values are stored less
+2**(bits - 1), as signed ones.
 """
 
 import math

@@ -231,13 +231,13 @@ def as_operand(q, R: tl.constexpr, width: tl.constexpr, wide: tl.constexpr):
             q = q.permute(3, 0, 4, 1, 9, 8, 2, 6, 5, 7)
     elif width == 64:
         q = q.reshape(R, 8, 4, 2, 2, 2, 2, 2, 2)
-        if wide:
+        if wide:  # noqa: SIM108
             q = q.permute(3, 0, 4, 1, 8, 6, 7, 2, 5)
         else:
             q = q.permute(3, 0, 4, 1, 8, 2, 6, 5, 7)
     else:
         q = q.reshape(R, 8, 4, 2, 2, 2, 2, 2)
-        if wide:
+        if wide:  # noqa: SIM108
             q = q.permute(3, 0, 4, 1, 6, 7, 2, 5)
         else:
             q = q.permute(3, 0, 4, 1, 2, 6, 5, 7)

@@ -307,8 +307,8 @@ def multiply(
     - more_ptr: (T, out_width), rows more_stride apart, added after it; or None. May be out_ptr.
     - out_ptr: (T, out_width), rows out_stride apart.
     - digits_ptr, steps_ptr: results as `Digits`, too; or None.
-    - norm_ptr, second_norm_ptr: (out_width,) weights of the norms that follow, or None. If there are
-      any, those digits are of the results times these, of the one norm behind those of the other,
+    - norm_ptr, second_norm_ptr: (out_width,) weights of the norms that follow, or None. If there
+      are any, those digits are of the results times these, of one norm behind those of the other,
       and sums of the results go to next_stats_ptr.
     - partial_ptr: (all_splits, T, N) float32, if split.
     - arrivals_ptr: a zero for each tile, if split; zero again afterwards.

@@ -11,8 +11,9 @@ tile. How a launch is cut up is `wna16_cut.py`'s. For up to 8 tokens activations
 product makes them of numbers in a small launch, unless whoever made the numbers has left digits.
 
 What is the same to the last bit: a row alone and in any batch of up to 8 tokens, but for launches
-beside others, which 1 and 2 tokens have cut otherwise; any run and the next. Between up to 8, 16, 32, 256 and more tokens, sums differ as float32 sums in another order do,
-and so do norms that are folded in for up to 8 (`norm_fold.py`).
+beside others, which are cut otherwise for 1 and 2 tokens; any run and the next. Between up to 8,
+16, 32, 256 and more tokens, sums differ as float32 sums in another order do, and so do norms that
+are folded in for up to 8 (`norm_fold.py`).
 """
 
 import math

@@ -21,6 +21,7 @@ from longwing.kernels import (
     turns,
     write_kv,
 )
+from longwing.kernels.digits import Digits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,13 +53,14 @@ class Attention(nn.Module):
         rotation: Rotation | None,
         inputs: AttentionInputs | None,
         *,
+        digits: Digits | None = None,
         arrange: bool = False,
     ) -> Tensor:
-        """Returns (T, N * H), which `arrange` is about: see `paged_triton.paged_attention`."""
+        """Returns (T, N * H); see `paged_triton.paged_attention` for `digits` and `arrange`."""
         if inputs is not None and attends_in_triton(q_TNH, inputs.pages[self.layer]):
-            return self._in_triton(q_TNH, k_TKH, v_TKH, rotation, inputs, arrange)
-        if arrange:  # unreachable: asked of the kernels alone
-            raise RuntimeError("only attention in Triton arranges what it gives")
+            return self._in_triton(q_TNH, k_TKH, v_TKH, rotation, inputs, digits, arrange)
+        if arrange or digits is not None:  # unreachable: asked of the kernels alone
+            raise RuntimeError("only attention in Triton arranges what it gives, or leaves digits")
         if rotation is not None:
             q_TNH, k_TKH = (rotate(x, rotation.cos_TF, rotation.sin_TF) for x in (q_TNH, k_TKH))
         if inputs is None:
@@ -74,6 +76,7 @@ class Attention(nn.Module):
         v_TKH: Tensor,
         rotation: Rotation | None,
         inputs: AttentionInputs,
+        digits: Digits | None,
         arrange: bool,
     ) -> Tensor:
         """The same in two launches, or three where few sequences have long contexts."""
@@ -94,6 +97,7 @@ class Attention(nn.Module):
                 most_new=call.most_new,
                 most_context=call.most_context,
                 out_TNH=out_TNH,
+                digits=digits,
                 arrange=arrange,
             )
         return out_TNH.flatten(1)

@@ -34,7 +34,7 @@ from longwing.kernels.digits import Activations, Digits
 from longwing.kernels.norm_fold import FoldedNorm
 from longwing.kernels.streamed import fits, stackable, stream
 from longwing.kernels.wna16_cut import ParallelBlock
-from longwing.layers import Linear, Rotation
+from longwing.layers import Attention, Linear, Rotation
 from longwing.layers.lora import LoRALinear, base_of
 from longwing.models.branch import Branch
 from longwing.models.decoder import Decoder
@@ -149,8 +149,10 @@ class StreamedFalconBlock(nn.Module):
             return self._parallel(hidden_TD, rotation, inputs)
         T = len(hidden_TD)
         normed_TD = self.norm(hidden_TD, digits=self.qkv.takes_digits(T))
-        attended_TD = self._attend(self.qkv(normed_TD), rotation, inputs)
-        _add_product(hidden_TD, self.attention_out, attended_TD, self.group)
+        attended_TD, digits, arranged = self._attend(self.qkv(normed_TD), rotation, inputs)
+        _add_product(
+            hidden_TD, self.attention_out, digits or attended_TD, self.group, arranged=arranged
+        )
         normed_TD = self.mlp_norm(hidden_TD, digits=self.up.takes_digits(T))
         digits = self._digits_between(hidden_TD)
         up_TF = self.up(normed_TD, act=self.act, digits=digits)
@@ -169,8 +171,10 @@ class StreamedFalconBlock(nn.Module):
         normed = scaled is None and self.qkv.arranges(T) and self.up.arranges(T)
         activated = self.mlp_out.arranges(T) and self.up.added is None
         if scaled is None:
-            digits = self.qkv.takes_digits(T) and self.up.takes_digits(T)
-            for_attention_TD, for_mlp_TD = self.norm.both(hidden_TD, arrange=normed, digits=digits)
+            by_digits = self.qkv.takes_digits(T) and self.up.takes_digits(T)
+            for_attention_TD, for_mlp_TD = self.norm.both(
+                hidden_TD, arrange=normed, digits=by_digits
+            )
         else:
             for_attention_TD, for_mlp_TD = scaled.digits[0], scaled.digits[-1]
             folded = self.qkv.folded(scaled), self.up.folded(scaled)
@@ -212,9 +216,8 @@ class StreamedFalconBlock(nn.Module):
             qkv_TO = self.qkv(
                 for_attention_TD, norm=folded[0], beside=shares.attention_in, arranged=normed
             )
-            attended = self._attention_arranges(qkv_TO, inputs)
-            attended_TD = self._attend(qkv_TO, rotation, inputs, arrange=attended)
-            total.add(0, attended_TD, arranged=attended)
+            attended_TD, digits, attended = self._attend(qkv_TO, rotation, inputs)
+            total.add(0, digits or attended_TD, arranged=attended)
             side.join()
         self.attention_out.finished(sum_TD, attended_TD)
         self.mlp_out.finished(sum_TD, up_TF)
@@ -235,19 +238,19 @@ class StreamedFalconBlock(nn.Module):
         qkv_TO: Tensor,
         rotation: Rotation | None,
         inputs: AttentionInputs | None,
-        *,
-        arrange: bool = False,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Digits | None, bool]:
+        """Attention's (T, D), the same as digits if there are any, and whether it is arranged."""
+        T = len(qkv_TO)
         heads_TXH = qkv_TO.unflatten(-1, (-1, self.head_dim))
         heads = heads_TXH.split(self.heads, 1)
-        return self.attention(*heads, rotation, inputs, arrange=arrange)
-
-    def _attention_arranges(self, qkv_TO: Tensor, inputs: AttentionInputs | None) -> bool:
-        """Whether attention can, and should, write in the order that the product after it wants."""
-        if inputs is None or not self.attention_out.arranges(len(qkv_TO)):
-            return False
-        heads_TXH = qkv_TO.unflatten(-1, (-1, self.head_dim))
-        return attends_in_triton(heads_TXH, inputs.pages[self.attention.layer])
+        digits = _attention_digits(self.attention, self.attention_out, heads[0], inputs)
+        arrange = (
+            inputs is not None
+            and self.attention_out.arranges(T)
+            and attends_in_triton(heads_TXH, inputs.pages[self.attention.layer])
+        )
+        attended_TD = self.attention(*heads, rotation, inputs, digits=digits, arrange=arrange)
+        return attended_TD, digits, arrange
 
 
 class StreamedLlamaBlock(nn.Module):
@@ -278,12 +281,13 @@ class StreamedLlamaBlock(nn.Module):
         q_TNH, k_TKH, v_TKH = (
             x_TO.unflatten(-1, (-1, self.head_dim)) for x_TO in _each(self.qkv, normed_TD)
         )
-        attended_TD = self.attention(q_TNH, k_TKH, v_TKH, rotation, inputs)
-        _add_product(hidden_TD, self.attention_out, attended_TD, self.group)
+        digits = _attention_digits(self.attention, self.attention_out, q_TNH, inputs)
+        attended_TD = self.attention(q_TNH, k_TKH, v_TKH, rotation, inputs, digits=digits)
+        _add_product(hidden_TD, self.attention_out, digits or attended_TD, self.group)
         normed_TD = self.mlp_norm(hidden_TD, digits=_take_digits(self.gate_up, T))
         gate_TF, up_TF = _each(self.gate_up, normed_TD)
-        digits = self.mlp_out.takes_digits(T)
-        gated = fused_triton.gated_digits if digits else fused_triton.gated
+        by_digits = self.mlp_out.takes_digits(T)
+        gated = fused_triton.gated_digits if by_digits else fused_triton.gated
         gated_TF: Activations = gated(gate_TF, up_TF, self.act)
         return _add_product(hidden_TD, self.mlp_out, gated_TF, self.group)
 
@@ -304,13 +308,30 @@ def _sum_of_biases(one: StreamedLinear, other: StreamedLinear) -> Tensor | None:
     return torch.stack([bias.detach() for bias in biases]).sum(0) if biases else None
 
 
+def _attention_digits(
+    attention: Attention, out: StreamedLinear, q_TNH: Tensor, inputs: AttentionInputs | None
+) -> Digits | None:
+    """Room for what attention gives as digits, if it can leave them and the product takes them."""
+    T, N, H = q_TNH.shape
+    if inputs is None or not out.takes_digits(T):
+        return None
+    if not attends_in_triton(q_TNH, inputs.pages[attention.layer]):
+        return None
+    return Digits.room(T, N * H, q_TNH.dtype, q_TNH.device)
+
+
 def _add_product(
-    hidden_TD: Tensor, linear: StreamedLinear, x_TI: Activations, group: Group
+    hidden_TD: Tensor,
+    linear: StreamedLinear,
+    x_TI: Activations,
+    group: Group,
+    *,
+    arranged: bool = False,
 ) -> Tensor:
     """Add x @ weight + bias to hidden: in the product's launch, or once ranks have summed it."""
     if group.size == 1:
-        return linear(x_TI, more_TO=hidden_TD, out_TO=hidden_TD)
-    group.add_sum(hidden_TD, linear(x_TI))
+        return linear(x_TI, more_TO=hidden_TD, out_TO=hidden_TD, arranged=arranged)
+    group.add_sum(hidden_TD, linear(x_TI, arranged=arranged))
     return hidden_TD
 
 
