@@ -161,9 +161,10 @@ def cuts(record: Record) -> None:
                 record({"cuts": name, "bits": bits, "tokens": tokens, "stages": stages, "us": us})
 
 
-def compare(record: Record, rate: float) -> None:
+def compare(record: Record, rate: float, shapes: list[str]) -> None:
     """The table: what others take for a product, then ours by format."""
-    for name, (K, N) in SHAPES.items():
+    for name in shapes:
+        K, N = SHAPES[name]
         batches = BATCHES if "|" in name or "+" in name else (*BATCHES, *PREFILL)
         xs = {T: torch.randn(T, K, device="cuda").bfloat16() for T in batches}
         us = {T: cublas(x, N) for T, x in xs.items()}
@@ -204,6 +205,7 @@ def main() -> None:
     """Print the table, write it as lines of JSON."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=SHAPES)
     parser.add_argument("--cuts", action="store_true", help="try cuts instead of comparing")
     args = parser.parse_args()
     torch.manual_seed(0)
@@ -218,7 +220,7 @@ def main() -> None:
         device = torch.cuda.get_device_name()
         print(f"{device}, reads {rate / 1e12:.2f} TB/s")
         record({"device": device, "torch": torch.__version__, "bytes_per_s": rate})
-        cuts(record) if args.cuts else compare(record, rate)
+        cuts(record) if args.cuts else compare(record, rate, args.shapes)
 
 
 if __name__ == "__main__":
