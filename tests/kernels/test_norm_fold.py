@@ -28,14 +28,17 @@ ROUNDING = 5e-4
 EPS = 1e-5
 
 
-def _weight(K: int, N: int, seed: int, group_size: int = 64) -> PackedWeight:
+def _weight(
+    K: int, N: int, seed: int, group_size: int = 64, *, symmetric: bool = True
+) -> PackedWeight:
     random = torch.Generator().manual_seed(seed)
     shape = (K // group_size, N)
+    zeros_GN = torch.full(shape, 8) if symmetric else torch.randint(16, shape, generator=random)
     return PackedWeight(
         bits=4,
         group_size=group_size,
         qweight_WN=pack(torch.randint(16, (K, N), generator=random), 4, 0),
-        zeros_GN=torch.randint(16, shape, generator=random).to(torch.uint8),
+        zeros_GN=zeros_GN.to(torch.uint8),
         scales_GN=((torch.rand(shape, generator=random) + 0.5) / 16 / K**0.5).half(),
     ).to(DEVICE)
 
@@ -44,10 +47,12 @@ def _numbers(*shape: int, seed: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, NUMBER)
 
 
-def _sum(hidden_TD: Tensor, norms: list[Tensor], num_products: int = 2) -> tuple[Tensor, Scaled]:
+def _sum(
+    hidden_TD: Tensor, norms: list[Tensor], num_products: int = 2, *, symmetric: bool = True
+) -> tuple[Tensor, Scaled]:
     """Some products added to the hidden states, with what the norms after them need."""
     D = hidden_TD.shape[1]
-    parts = [_weight(128, D, seed=10 + i) for i in range(num_products)]
+    parts = [_weight(128, D, seed=10 + i, symmetric=symmetric) for i in range(num_products)]
     out_TD = hidden_TD.clone()
     weights = [stream([part], NUMBER) for part in parts]
     total = triton.SumOfProducts(weights, out_TD, out_TD, norms_N=norms)
@@ -56,15 +61,17 @@ def _sum(hidden_TD: Tensor, norms: list[Tensor], num_products: int = 2) -> tuple
     return out_TD, total.scaled
 
 
-@pytest.mark.parametrize("num_tokens", [1, 3, 8])
+@pytest.mark.parametrize(("num_tokens", "symmetric"), [(1, False), (2, True), (3, True), (8, True)])
 @pytest.mark.parametrize("shift", [0.0, 3.0])
-def test_products_around_a_folded_norm_are_those_of_the_norm(num_tokens: int, shift: float) -> None:
+def test_products_around_a_folded_norm_are_those_of_the_norm(
+    num_tokens: int, symmetric: bool, shift: float
+) -> None:
     D, N = 320, 200  # neither fills its last tile
     norms = [(_numbers(D, seed=i) * 0.2 + 1, _numbers(D, seed=i + 2)) for i in (1, 2)]
     hidden_TD = _numbers(num_tokens, D, seed=5) + shift
-    out_TD, scaled = _sum(hidden_TD, [weight_D for weight_D, _ in norms])
+    out_TD, scaled = _sum(hidden_TD, [w_D for w_D, _ in norms], symmetric=symmetric)
     for digits, (weight_D, bias_D), seed in zip(scaled.digits, norms, (3, 4), strict=True):
-        packed, own_N = _weight(D, N, seed=seed), _numbers(N, seed=seed)
+        packed, own_N = _weight(D, N, seed, symmetric=symmetric), _numbers(N, seed=seed)
         level_N, bias_N = through(packed, weight_D, bias_D)
         got_TN = triton.packed_matmul(
             digits,
@@ -125,5 +132,7 @@ def test_a_norm_of_many_tokens_is_not_folded() -> None:
     )
     with pytest.raises(ValueError, match=r"9 tokens; it is for 8 at most"):
         triton.packed_matmul(_numbers(9, 256, seed=1), stream([packed], NUMBER), norm=norm)
+    with pytest.raises(ValueError, match="all products of a sum are by digits"):
+        _sum(_numbers(3, 64, seed=1), [_numbers(64, seed=1)], symmetric=False)
     with pytest.raises(ValueError, match="3 norms of one token"):
         _sum(_numbers(1, 64, seed=1), [_numbers(64, seed=1)] * 3)

@@ -4,6 +4,7 @@ The interpreter multiplies float16 and float32 alone, so bfloat16 is only tested
 """
 
 import os
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from longwing.kernels import BITS, PackedWeight, dequantize, pack
+from longwing.kernels.digits import Digits
 from longwing.kernels.streamed import fits, places, stream
 from longwing.layers import activation
 
@@ -70,12 +72,16 @@ def _assert_product(out_TN: Tensor, x_TK: Tensor, weight: PackedWeight) -> None:
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("group_size", [-1, 32, 64, 128])
 def test_products_are_exact_but_for_the_rounding_of_the_result(bits: int, group_size: int) -> None:
-    for symmetric, act_order in [(True, False), (False, True)]:
+    for symmetric, act_order, num_tokens in [
+        (True, False, 3),
+        (False, True, 11),
+        (False, False, 2),
+    ]:
         weight = _weight(
             bits, 256, 70, group_size, symmetric=symmetric, act_order=act_order, dtype=FLOATS[-1]
         )
         streamed = stream([weight], FLOATS[-1])
-        x_TK = _inputs(3 if symmetric else 11, 256, dtype=FLOATS[-1])
+        x_TK = _inputs(num_tokens, 256, dtype=FLOATS[-1])
         _assert_product(triton.packed_matmul(x_TK, streamed), x_TK, weight)
 
 
@@ -197,6 +203,28 @@ def test_inputs_may_be_written_in_the_order_that_many_tokens_take(num_tokens: in
     plain_TN = triton.packed_matmul(triton.packed_matmul(x_TK, one, act="gelu"), other)
     between_TN = triton.packed_matmul(x_TK, one, act="gelu", arrange=arrange)
     assert torch.equal(triton.packed_matmul(between_TN, other, arranged=arrange), plain_TN)
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_the_greatest_whole_numbers_there_are_still_add_up_exactly(
+    bits: int, symmetric: bool
+) -> None:
+    """All digits -128, all weights as far from their zero points as can be."""
+    weight = _weight(bits, 128, 32, symmetric=symmetric)
+    fill = {"zeros_GN": torch.zeros_like(weight.zeros_GN)} if not symmetric else {}
+    for value in (0, 2**bits - 1):
+        q_KN = torch.full((128, 32), value)
+        extreme = replace(weight, qweight_WN=pack(q_KN, bits, 0).to(DEVICE), **fill)
+        ones_TK = Digits.of(torch.ones(1, 128, dtype=torch.float16, device=DEVICE))
+        digits = replace(
+            ones_TK,
+            digits_3TK=torch.full_like(ones_TK.digits_3TK, -128),
+            steps_CT=torch.full_like(ones_TK.steps_CT, 2.0**-30),
+        )
+        exact_TN = digits.values() @ dequantize(extreme, torch.float64)
+        found_TN = triton.packed_matmul(digits, stream([extreme], torch.float16))
+        torch.testing.assert_close(found_TN.double(), exact_TN, rtol=1e-3, atol=1e-6)
 
 
 def test_scales_keep_the_checkpoints_own_bits() -> None:

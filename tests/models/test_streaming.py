@@ -80,6 +80,35 @@ def test_streamed_model_gives_the_references_logits(
             break
 
 
+@pytest.mark.parametrize(("bits", "group_size", "sym"), [(4, 32, True), (3, 64, False)])
+@pytest.mark.parametrize("name", ["falcon-40b", "llama"])
+def test_whatever_the_format_steps_of_any_few_tokens_give_the_references_hidden_states(
+    name: str,
+    bits: int,
+    group_size: int,
+    sym: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Which products are by digits depends on both, and norms are folded where all are."""
+    write_gptq(CONFIGS[name](), tmp_path, bits=bits, group_size=group_size, sym=sym)
+    monkeypatch.setattr(streamed_linear, "FOLDABLE", {torch.float16})
+    models = []
+    for kernels in ("reference", "triton"):
+        monkeypatch.setenv("LONGWING_KERNELS", kernels)
+        models.append(load_model(tmp_path, device=DEVICE, dtype=torch.float16, unpack=False))
+    stream_weights(models[1])
+    for num_tokens in (1, 2, 4, 9):
+        tokens_T = torch.arange(3, 3 + num_tokens).to(DEVICE)
+        found_TD = []
+        for kernels, model in zip(("reference", "triton"), models, strict=True):
+            monkeypatch.setenv("LONGWING_KERNELS", kernels)
+            with torch.inference_mode():
+                found_TD.append(model(tokens_T, torch.arange(num_tokens).to(DEVICE)).double())
+        expected_TD, streamed_TD = found_TD
+        assert (streamed_TD - expected_TD).norm() / expected_TD.norm() < 0.01
+
+
 def test_block_that_the_kernels_lack_a_form_for_keeps_its_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -129,10 +129,8 @@ def _as_operand(q, R: tl.constexpr, width: tl.constexpr):
     """(32 R, width), rows as `wna16_cells.operand_rows` has them, inputs in their order."""
     if width == 128:
         q = q.reshape(R, 8, 4, 2, 2, 2, 2, 2, 2, 2).permute(3, 0, 4, 1, 9, 8, 2, 7, 5, 6)
-    elif width == 64:
-        q = q.reshape(R, 8, 4, 2, 2, 2, 2, 2, 2).permute(3, 0, 4, 1, 8, 2, 7, 5, 6)
     else:
-        q = q.reshape(R, 8, 4, 2, 2, 2, 2, 2).permute(3, 0, 4, 1, 2, 7, 5, 6)
+        q = q.reshape(R, 8, 4, 2, 2, 2, 2, 2, 2).permute(3, 0, 4, 1, 8, 2, 7, 5, 6)
     return q.reshape(R * 32, width)
 
 
@@ -223,8 +221,9 @@ def sum_by_bytes(
     has sums of its own until the end, so either way they are the same to the last bit.
 
     - digits_ptr, steps_ptr: `Digits`, (3, T, 128 chunks) and (chunks, T).
-    - groups: scales of a row in a cell: 1, 2 or 4; 0 where one scale serves all inputs.
+    - groups: scales of a row in a cell: 1 or 2; 0 where one scale serves all inputs.
     """
+    tl.static_assert(groups < 3, "a group must have 64 inputs")
     few: tl.constexpr = tokens == 2
     grouped: tl.constexpr = groups > 0
     width: tl.constexpr = 128 // max(groups, 1)
@@ -258,7 +257,7 @@ def sum_by_bytes(
                 sums, q, x, there, digit_stride, columns, s, z, panel,
                 R, width, bits, sym, grouped, few,
             )  # fmt: skip
-        elif groups == 2:
+        else:
             q0, q1 = tl.split(q)
             sums = _add_group(
                 sums, q0, x, there, digit_stride, columns, s, z, panel,
@@ -266,26 +265,6 @@ def sum_by_bytes(
             )  # fmt: skip
             sums = _add_group(
                 sums, q1, x + 64, there, digit_stride, columns, s + N, z + N // 4, panel,
-                R, width, bits, sym, grouped, few,
-            )  # fmt: skip
-        else:
-            low, high = tl.split(q)
-            q0, q1 = tl.split(low)
-            q2, q3 = tl.split(high)
-            sums = _add_group(
-                sums, q0, x, there, digit_stride, columns, s, z, panel,
-                R, width, bits, sym, grouped, few,
-            )  # fmt: skip
-            sums = _add_group(
-                sums, q1, x + 32, there, digit_stride, columns, s + N, z + N // 4, panel,
-                R, width, bits, sym, grouped, few,
-            )  # fmt: skip
-            sums = _add_group(
-                sums, q2, x + 64, there, digit_stride, columns, s + 2 * N, z + 2 * (N // 4), panel,
-                R, width, bits, sym, grouped, few,
-            )  # fmt: skip
-            sums = _add_group(
-                sums, q3, x + 96, there, digit_stride, columns, s + 3 * N, z + 3 * (N // 4), panel,
                 R, width, bits, sym, grouped, few,
             )  # fmt: skip
         s0, s1, s2 = sums

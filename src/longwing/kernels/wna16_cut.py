@@ -13,7 +13,10 @@ from typing import Self
 from longwing.kernels.streamed import TILE_OUT, TOKEN_TILES, StreamedWeight
 
 NARROW_TOKENS = 8
-"""Up to here mma.sync takes the digits of all tokens; above, wgmma takes 16, 32 or 64 tokens."""
+"""Up to here mma.sync may take the digits of all tokens (`by_digits`)."""
+
+FINEST_BY_DIGITS = 64
+"""The smallest group; a smaller one has so few inputs that they cannot be fetched ahead."""
 
 STREAM_TOKENS = 256
 """Above this a dense slice and cuBLAS are faster (measured on an H200, bench/kernels.py)."""
@@ -116,13 +119,23 @@ class ParallelBlock:
         )
 
 
+def by_digits(weight: StreamedWeight, num_tokens: int) -> bool:
+    """Whether a product is of digits and bytes; else wgmma takes numbers of 16, 32 or 64 tokens.
+
+    For 3 tokens to 8 zero points make it slower than wgmma's, which do with the room of 16.
+    """
+    fine = weight.group_size < min(FINEST_BY_DIGITS, weight.in_features)
+    most = 2 if weight.zeros is not None else NARROW_TOKENS
+    return 0 < num_tokens <= most and not fine
+
+
 def choose_cut(weight: StreamedWeight, num_tokens: int, beside: Beside | None = None) -> Cut:
     """The best of those that bench/kernels.py tries, or bench/cuts.py for launches beside others.
 
     Alone, a narrow launch is cut so that all its programs run at once and end together.
     """
     tiles, chunks = _tiles_and_chunks(weight)
-    if num_tokens <= NARROW_TOKENS:
+    if by_digits(weight, num_tokens):
         few = num_tokens <= 2
         if beside is None:
             splits, stages = max(min(round(NARROW_PROGRAMS / tiles), chunks), 1), 3

@@ -42,6 +42,7 @@ from longwing.kernels.wna16_cut import (
     STREAM_TOKENS,
     Beside,
     Cut,
+    by_digits,
     choose_cut,
 )
 from longwing.kernels.wna16_device import make_dense, multiply
@@ -86,12 +87,12 @@ def packed_matmul(
         cut: None for the one that shapes call for.
         bias_N: added first.
         norm: x_TK has yet to go through this norm, whose weights it has; for up to NARROW_TOKENS
-            tokens. The norm's bias has to be in bias_N.
+            tokens, as digits. The norm's bias has to be in bias_N.
         act: an activation by config.json's name, see `fused_triton.ACTIVATIONS`; "" for none.
         more_TN: added last: a residual. May be out_TN.
         out_TN: where the result goes; rows may lie apart. None for a new tensor.
         beside: for a launch that runs beside others, see `choose_cut`.
-        digits: where the result goes a second time; for up to NARROW_TOKENS tokens.
+        digits: where the result goes a second time; where this product is `by_digits` itself.
         arranged: x_TK lies in the order that `arranges` is about.
         arrange: the result is to.
 
@@ -116,6 +117,8 @@ def packed_matmul(
     if T > NARROW_TOKENS and (norm is not None or digits is not None):
         what = "a folded norm" if norm is not None else "digits"
         raise ValueError(f"{what} of {T} tokens; it is for {NARROW_TOKENS} at most")
+    if digits is not None and not by_digits(weight, T):
+        raise ValueError(f"digits of {T} tokens from a product that is not by digits itself")
     after = _After(
         bias_N=bias_N, norm=norm, act=act, more_TN=more_TN, arrange=arrange, digits=digits
     )
@@ -128,13 +131,13 @@ def arranges(weight: StreamedWeight, num_tokens: int) -> bool:
 
     Whoever makes the input can write it so at no cost, which saves the product a copy.
     """
-    few_or_many = num_tokens <= NARROW_TOKENS or num_tokens > STREAM_TOKENS
-    return not few_or_many and weight.order_K is None and weight.in_features % ARRANGED == 0
+    wide = 0 < num_tokens <= STREAM_TOKENS and not by_digits(weight, num_tokens)
+    return wide and weight.order_K is None and weight.in_features % ARRANGED == 0
 
 
 def takes_digits(weight: StreamedWeight, num_tokens: int) -> bool:
     """Whether a product's input may come as digits, which spares it a launch that makes them."""
-    return 0 < num_tokens <= NARROW_TOKENS and weight.order_K is None
+    return by_digits(weight, num_tokens) and weight.order_K is None
 
 
 def packed_matmul_many(
@@ -219,9 +222,9 @@ def _check_input(x_TK: Activations, weight: StreamedWeight) -> None:
         )
     if isinstance(x_TK, Digits) and not takes_digits(weight, x_TK.num_tokens):
         raise ValueError(
-            f"digits of {x_TK.num_tokens} tokens for a weight whose inputs have "
-            f"{'their own' if weight.order_K is None else 'another'} order; they are for up to "
-            f"{NARROW_TOKENS} tokens, in their own"
+            f"digits of {x_TK.num_tokens} tokens, which a weight of groups of {weight.group_size}, "
+            f"with{'out' if weight.zeros is None else ''} zero points, its inputs in "
+            f"{'their own' if weight.order_K is None else 'another'} order, does not take"
         )
 
 
@@ -269,8 +272,8 @@ class SumOfProducts:
         more_TN: added last: a residual, or None.
         out_TN: where the result goes; may be more_TN.
         bias_N: of all together.
-        norms_N: weights of the LayerNorms that follow, one or two, to be folded; for up to
-            NARROW_TOKENS tokens.
+        norms_N: weights of the LayerNorms that follow, one or two, to be folded, where all of these
+            products are `by_digits`.
         beside: how each is cut, where they run beside each other.
 
     Attributes:
@@ -296,6 +299,8 @@ class SumOfProducts:
                 for weight, one in zip_longest(weights, beside or ())
             ]
             if norms_N:
+                if any(cut.wide for cut in self._cuts):
+                    raise ValueError("norms are folded where all products of a sum are by digits")
                 self.scaled = Scaled.like(out_TN, norms_N, TILE_OUT)
             self._starts = [0, *accumulate(cut.splits for cut in self._cuts)]
             shape = (self._starts[-1], len(out_TN), weights[0].starts[-1])

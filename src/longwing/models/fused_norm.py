@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from longwing.kernels.digits import Activations
 from longwing.kernels.norm_fold import Scaled
-from longwing.kernels.wna16_cut import NARROW_TOKENS
 from longwing.layers import RMSNorm
+from longwing.models.streamed_linear import StreamedLinear
 
 
 class FusedNorm(nn.Module):
@@ -62,18 +62,21 @@ class Handover:
 
     Args:
         weights_D: of those norms.
+        readers: the products that read it.
 
     Attributes:
         scaled: what the one block has left; None where the next is to norm for itself.
     """
 
-    def __init__(self, weights_D: Sequence[Tensor]) -> None:
+    def __init__(self, weights_D: Sequence[Tensor], readers: Sequence[StreamedLinear]) -> None:
         self.weights_D = weights_D
+        self.readers = readers
         self.scaled: Scaled | None = None
 
     def norms_for(self, num_tokens: int) -> Sequence[Tensor]:
         """The norms' weights, if so many tokens can do without the norms."""
-        return self.weights_D if num_tokens <= NARROW_TOKENS else ()
+        taken = all(reader.takes_digits(num_tokens) for reader in self.readers)
+        return self.weights_D if taken else ()
 
     def take(self) -> Scaled | None:
         """What was left, once."""

@@ -17,7 +17,7 @@ from longwing.kernels import PackedWeight, StreamedWeight
 from longwing.kernels.digits import Activations, Digits
 from longwing.kernels.norm_fold import FoldedNorm, Scaled, through
 from longwing.kernels.streamed import stream, take_outputs
-from longwing.kernels.wna16_cut import Beside
+from longwing.kernels.wna16_cut import Beside, by_digits
 from longwing.layers import Linear
 from longwing.layers.lora import LoRALinear, added_by, base_of
 
@@ -79,6 +79,10 @@ class StreamedLinear(nn.Module):
         from longwing.kernels import wna16_triton
 
         return self.added is None and wna16_triton.takes_digits(self.weight, num_tokens)
+
+    def leaves_digits(self, num_tokens: int) -> bool:
+        """Whether the result may be left as digits, too."""
+        return self.added is None and by_digits(self.weight, num_tokens)
 
     def arranges(self, num_tokens: int) -> bool:
         """Whether the input may come, and should, in the product's own order."""

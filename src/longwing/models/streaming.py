@@ -84,7 +84,8 @@ def _hand_over(blocks: nn.ModuleList) -> None:
             and block.ends_in_its_sum
             and following.folds_its_norms
         ):
-            block.outgoing = following.incoming = Handover(following.norm.weights())
+            readers = following.qkv, following.up
+            block.outgoing = following.incoming = Handover(following.norm.weights(), readers)
 
 
 def _can_stream(linear: Linear) -> bool:
@@ -182,7 +183,7 @@ class StreamedFalconBlock(nn.Module):
         # Ranks add up what they have before the residual, which each has whole.
         sum_TD = hidden_TD if alone else torch.empty_like(hidden_TD)
         more_TD = hidden_TD if alone else None
-        norms_D = () if self.outgoing is None else self.outgoing.norms_for(T)
+        norms_D = self._norms_that_follow(T)
         shares = ParallelBlock.of(
             attention_in=self.qkv.weight,
             attention_out=outs[0],
@@ -226,12 +227,22 @@ class StreamedFalconBlock(nn.Module):
             self.outgoing.scaled = scaled
         return hidden_TD
 
+    def _norms_that_follow(self, num_tokens: int) -> Sequence[Tensor]:
+        """Weights of the next block's norms, where the end of this one's sum is to fold them in."""
+        if self.outgoing is None:
+            return ()
+        ends = self.attention_out, self.mlp_out
+        if self.group.size == 1 and not all(end.leaves_digits(num_tokens) for end in ends):
+            return ()
+        return self.outgoing.norms_for(num_tokens)
+
     def _digits_between(self, hidden_TD: Tensor) -> Digits | None:
         """Room for the MLP's activations as digits, if they are to be such."""
-        if self.up.added is not None or not self.mlp_out.takes_digits(len(hidden_TD)):
+        T = len(hidden_TD)
+        if not (self.mlp_out.takes_digits(T) and self.up.leaves_digits(T)):
             return None
         features = self.up.weight.parts[0]
-        return Digits.room(len(hidden_TD), features, hidden_TD.dtype, hidden_TD.device)
+        return Digits.room(T, features, hidden_TD.dtype, hidden_TD.device)
 
     def _attend(
         self,
