@@ -56,8 +56,8 @@ CARDS: Mapping[str, Card] = {
 """Cards that a fleet can be planned of. Without a link a model cannot be split over cards here."""
 
 MATMUL_SHARE: Mapping[int, float] = {
-    1: 0.70,
-    8: 0.73,
+    1: 0.79,
+    8: 0.71,
     16: 0.60,
     32: 0.50,
     64: 0.475,
@@ -72,7 +72,7 @@ H200, Falcon-40B's shapes, 4 bits in groups of 128; sum of the four over the sum
 (4.3 TB/s, 790 TFLOP/s). `bench/results/kernels.jsonl`.
 """
 
-DENSE_MATMUL_SHARE: Mapping[int, float] = {1: 0.92, 64: 0.89, 128: 0.86, 512: 0.98, 2048: 0.89}
+DENSE_MATMUL_SHARE: Mapping[int, float] = {1: 0.92, 64: 0.89, 128: 0.86, 512: 0.92, 2048: 0.89}
 """The same for bfloat16 weights through cuBLAS; the output head is such a product."""
 
 ATTENTION_S = 8e-6
