@@ -13,7 +13,7 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -25,6 +25,7 @@ from longwing.engine.runner import Runner
 from longwing.kernels import StreamedWeight
 from longwing.kernels import wna16_triton as kernels
 from longwing.kernels.wna16_cut import Beside, Cut, ParallelBlock
+from longwing.models import Decoder
 from longwing.models.fused_norm import Handover
 
 LAYERS = 12
@@ -52,32 +53,35 @@ WAYS: dict[str, dict[str, Any]] = {
 
 
 @contextmanager
-def cut(way: dict[str, Any]) -> Iterator[None]:
-    """Let products be cut in another way than `choose_cut` would.
+def cut(model: Decoder, way: dict[str, Any]) -> Iterator[None]:
+    """Let a model's products be cut in another way than `choose_cut` would.
 
     A way may say: whether norms `fold`; whether all are cut as if `alone`; how many times as many
     programs one of a `ParallelBlock`'s products has, by its name; and the `stages` of all.
     """
-    choose, of = kernels.choose_cut, ParallelBlock.of
+    choose = kernels.choose_cut
 
     def chosen(weight: StreamedWeight, num_tokens: int, beside: Beside | None = None) -> Cut:
         found = choose(weight, num_tokens, None if way.get("alone") else beside)
         return replace(found, stages=way.get("stages", found.stages)) if beside else found
 
-    def shares(**weights: StreamedWeight) -> ParallelBlock:
-        block = of(**weights)
-        for name in weights:
-            times, beside = way.get(name, 1), getattr(block, name)
-            aims = {"two": round(beside.two * times), "eight": round(beside.eight * times)}
-            block = replace(block, **{name: replace(beside, **aims)})
-        return block
-
     with ExitStack() as stack:
         if not way.get("fold", True):
             stack.enter_context(patch.object(Handover, "norms_for", lambda *_: ()))
         stack.enter_context(patch.object(kernels, "choose_cut", chosen))
-        stack.enter_context(patch.object(ParallelBlock, "of", shares))
+        for block in model.blocks:
+            stack.enter_context(patch.object(block, "shares", _scaled(block.shares, way)))
         yield
+
+
+def _scaled(shares: ParallelBlock, way: dict[str, Any]) -> ParallelBlock:
+    """Some products in as many times as many programs as the way says."""
+    for field in fields(shares):
+        beside: Beside = getattr(shares, field.name)
+        times = way.get(field.name, 1)
+        aims = {"two": round(beside.two * times), "eight": round(beside.eight * times)}
+        shares = replace(shares, **{field.name: replace(beside, **aims)})
+    return shares
 
 
 def time_blocks(runner: Runner, batch: int) -> tuple[float, torch.Tensor]:
@@ -114,7 +118,7 @@ def main() -> None:
         num_pages = max(args.batches) * (CONTEXT // PAGE_LEN + 1)
         first: dict[int, torch.Tensor] = {}
         for name in args.ways:
-            with cut(WAYS[name]):
+            with cut(model, WAYS[name]):
                 runner = Runner(model, num_pages=num_pages, page_len=PAGE_LEN, kv_dtype="bfloat16")
                 torch.manual_seed(1)
                 for pages in runner.pages:

@@ -147,3 +147,10 @@ def test_digits_where_none_are_taken_are_refused() -> None:
     x_TK, room = _numbers(9, 256), Digits.of(_numbers(9, 40))
     with pytest.raises(ValueError, match="digits of 9 tokens; it is for 8 at most"):
         triton.packed_matmul(x_TK, weight, digits=room)
+    x_TK, room = _numbers(5, 256), Digits.of(_numbers(5, 40))
+    with pytest.raises(ValueError, match="digits to be left by a product of 5 tokens that is not"):
+        triton.packed_matmul(x_TK, weight, cut, digits=room)
+    with pytest.raises(ValueError, match="room for digits of 1 x 256 numbers"):
+        triton.packed_matmul(x_TK, weight, digits=one)
+    with pytest.raises(ValueError, match="room for digits of 5 x 40 numbers"):
+        fused.as_digits(x_TK, made=room)

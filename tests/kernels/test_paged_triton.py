@@ -125,14 +125,18 @@ def test_heads_can_be_written_in_the_order_that_a_product_of_many_tokens_takes(
 
 
 @pytest.mark.parametrize("heads", [(6, 3), (3, 3), (71, 1)])
-@pytest.mark.parametrize("head_dim", [64, 96, 256])
+@pytest.mark.parametrize("head_dim", [16, 64, 96, 128, 256])
 @pytest.mark.parametrize("num_splits", [1, 3])
 def test_a_step_of_few_tokens_leaves_the_digits_of_its_result(
     num_splits: int, head_dim: int, heads: tuple[int, int]
 ) -> None:
-    for step, most_new in ((DECODE, 1), (DECODE, None), ({"new": [3, 1], "contexts": [9, 50]}, 3)):
+    one_idle = {"new": [1, 0, 1], "contexts": [70, 5, 200]}
+    drafts = {"new": [3, 1], "contexts": [9, 50]}
+    for step, most_new in ((DECODE, 1), (one_idle, 1), (DECODE, None), (drafts, 3)):
         q_TNH, inputs, spec = _step(**step, heads=heads, head_dim=head_dim, dtype=torch.float16)
-        room = Digits.of(torch.zeros_like(q_TNH).flatten(1))
+        room = Digits.room_like(q_TNH.flatten(1))
+        room.digits_3TK.fill_(77)
+        room.steps_CT.fill_(float("nan"))
         found_TNH = paged_triton.paged_attention(
             *(q_TNH, inputs.pages[0], inputs, spec),
             most_new=most_new,

@@ -192,6 +192,25 @@ def test_a_sum_of_products_is_whole_whichever_comes_last(num_tokens: int, backwa
         assert error < 3 * ROUNDING[torch.float16]
 
 
+@pytest.mark.parametrize("num_tokens", [1, 5, 12])
+def test_a_sum_may_be_of_products_by_digits_and_by_numbers(num_tokens: int) -> None:
+    parts = [_weight(3, 256, 70, 32), _weight(8, 512, 70, 64, seed=1)]
+    xs = [_inputs(num_tokens, part.in_features, seed=s) for s, part in enumerate(parts)]
+    exact_TN = sum(
+        x_TK.double() @ dequantize(part, torch.float64)
+        for part, x_TK in zip(parts, xs, strict=True)
+    )
+    weights = [stream([part], torch.float16) for part in parts]
+    for order in ((0, 1), (1, 0)):
+        out_TN = _inputs(num_tokens, 70).zero_()
+        total = triton.SumOfProducts(weights, None, out_TN)
+        for index in order:
+            total.add(index, xs[index])
+        error = (out_TN.double() - exact_TN).norm() / exact_TN.norm()
+        assert error < 3 * ROUNDING[torch.float16]
+        assert not weights[0].arrivals.any()
+
+
 @pytest.mark.parametrize("num_tokens", [8, 9, 64])
 def test_inputs_may_be_written_in_the_order_that_many_tokens_take(num_tokens: int) -> None:
     first, second = _weight(4, 256, 128, seed=1), _weight(4, 128, 40, seed=2)

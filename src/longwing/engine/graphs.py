@@ -31,7 +31,7 @@ MOST_TOKENS = 64
 """Larger steps are launched one kernel at a time: by then the GPU has enough to do."""
 
 BATCHES = (1, 2, 4, 8, 12, 16, 24, 32, 48, MOST_TOKENS)
-"""Sequences of a decoding step. Products take up to 8, 16, 32 or 64 tokens in one tile."""
+"""Sequences of a decoding step. Products take up to 2, 8, 16, 32 or 64 tokens in one tile."""
 
 CONTEXTS = (1024, 2048, 4096, 8192)
 """Bounds on the context that graphs are recorded for, and the whole context. Attention is cut

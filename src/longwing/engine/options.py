@@ -23,8 +23,8 @@ OVERLAPS = ("auto", "on", "off")
 DEFAULTS: Mapping[str, Mapping[str, int]] = {
     # More than 4 tokens in a step leave the 4-bit kernel for a form that costs twice as much.
     "cpu": {"page_len": 32, "max_batch_tokens": 512, "max_draft": 3, "draft_sequences": 1},
-    # A step of up to 8 tokens costs an eighth more than one of 1, of 9 to 16 a third more; and four
-    # sequences with 7 drafts each are 32 tokens, after which the next size up is 64.
+    # A step of up to 8 tokens costs a quarter more than one of 1, of 9 to 16 two fifths more; and
+    # four sequences with 7 drafts each are 32 tokens, after which the next size up is 64.
     "cuda": {"page_len": 128, "max_batch_tokens": 2048, "max_draft": 7, "draft_sequences": 4},
 }
 """What is unset, by the kind of device; measured by bench/serve.py and `longwing bench`."""

@@ -80,6 +80,19 @@ class Digits:
         made.steps_CT.copy_(steps_TC.T)
         return made
 
+    def check(self, num_tokens: int, num_features: int, dtype: torch.dtype) -> None:
+        """See that this is room for such numbers.
+
+        Raises:
+            ValueError: it is for others.
+        """
+        own = (self.num_tokens, self.num_features, self.dtype)
+        if own != (num_tokens, num_features, dtype):
+            raise ValueError(
+                f"room for digits of {own[0]} x {own[1]} numbers in {own[2]}; "
+                f"{num_tokens} x {num_features} in {dtype} are to go there"
+            )
+
     @property
     def num_tokens(self) -> int:
         """T."""

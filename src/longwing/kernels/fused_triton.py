@@ -38,6 +38,7 @@ def as_digits(x_TK: Tensor, order_K: Tensor | None = None, *, made: Digits | Non
     x_TK = x_TK if x_TK.stride(1) == 1 else x_TK.contiguous()
     T, K = len(x_TK), x_TK.shape[1] if order_K is None else len(order_K)
     made = made or Digits.room(T, K, x_TK.dtype, x_TK.device)
+    made.check(T, K, x_TK.dtype)
     blocks = len(made.steps_CT)
     if T and K:
         with torch.cuda.device_of(x_TK):

@@ -111,6 +111,8 @@ def paged_attention(
     T, N, H = q_TNH.shape
     page_len, K = pages.page_len, pages.keys_PBKH.shape[2]
     _check(H, page_len)
+    if digits is not None:
+        digits.check(T, N * H, q_TNH.dtype)
     S, group = len(inputs.context_lens_S), N // K
     if out_TNH is None:
         out_TNH = torch.empty((T, N, H), dtype=q_TNH.dtype, device=q_TNH.device)

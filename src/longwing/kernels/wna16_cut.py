@@ -13,7 +13,7 @@ from typing import Self
 from longwing.kernels.streamed import TILE_OUT, TOKEN_TILES, StreamedWeight
 
 NARROW_TOKENS = 8
-"""Up to here mma.sync may take the digits of all tokens (`by_digits`)."""
+"""Up to here mma.sync may take the digits of all tokens (`by_digits`), and norms may be folded."""
 
 FINEST_BY_DIGITS = 64
 """The smallest group; a smaller one has so few inputs that they cannot be fetched ahead."""
@@ -53,11 +53,11 @@ class Beside:
     """How a launch is cut that runs beside another, which wants room at the same time.
 
     Attributes:
-        two: programs that it aims at for up to 2 tokens.
-        eight: for 3 to 8.
+        two: programs that it aims at for up to 2 tokens, by digits.
+        eight: for 3 to 8, by digits.
         least: chunks of inputs for each of those programs.
         stages: for up to 2 tokens.
-        sixteen: chunks of inputs for each program, for 9 to 16 tokens.
+        sixteen: chunks of inputs for each program of tiles of 16 tokens.
     """
 
     two: int
@@ -67,7 +67,7 @@ class Beside:
     sixteen: int
 
     def splits(self, weight: StreamedWeight, num_tokens: int) -> int:
-        """Programs that share a tile's inputs, for up to 8 tokens."""
+        """Programs that share a tile's inputs, by digits."""
         tiles, chunks = _tiles_and_chunks(weight)
         aim = self.two if num_tokens <= 2 else self.eight
         return max(min(round(aim / tiles), chunks // self.least), 1)

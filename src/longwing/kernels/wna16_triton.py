@@ -7,13 +7,15 @@ Shape key: T tokens, K in features, N out features (padding counted).
 
 The one idea: few tokens stream the packed weights once, and time is bytes; many make a slice of
 them dense and leave the rest to cuBLAS. In between, tiles of 64 tokens stream them again for each
-tile. How a launch is cut up is `wna16_cut.py`'s. For up to 8 tokens activations are `Digits`: a
-product makes them of numbers in a small launch, unless whoever made the numbers has left digits.
+tile. How a launch is cut up is `wna16_cut.py`'s. For up to 8 tokens activations are `Digits` where
+that pays (`wna16_cut.by_digits`): a product makes them of numbers in a small launch, unless whoever
+made the numbers has left digits.
 
-What is the same to the last bit: a row alone and in any batch of up to 8 tokens, but for launches
-beside others, which are cut otherwise for 1 and 2 tokens; any run and the next. Between up to 8,
-16, 32, 256 and more tokens, sums differ as float32 sums in another order do, and so do norms that
-are folded in for up to 8 (`norm_fold.py`).
+What is the same to the last bit: any run and the next; and, of a launch by itself with weights that
+have no zero points, a row alone and in any batch of up to 8 tokens. Beside others 1 and 2 tokens
+are cut otherwise than 3 to 8, and with zero points these are numbers. So between up to 2, 8, 16,
+32, 256 and more tokens, sums differ as float32 sums in another order do, and so do norms that are
+folded in for up to 8 (`norm_fold.py`).
 """
 
 import math
@@ -117,8 +119,8 @@ def packed_matmul(
     if T > NARROW_TOKENS and (norm is not None or digits is not None):
         what = "a folded norm" if norm is not None else "digits"
         raise ValueError(f"{what} of {T} tokens; it is for {NARROW_TOKENS} at most")
-    if digits is not None and not by_digits(weight, T):
-        raise ValueError(f"digits of {T} tokens from a product that is not by digits itself")
+    if digits is not None:
+        digits.check(T, weight.parts[0], x_TK.dtype)
     after = _After(
         bias_N=bias_N, norm=norm, act=act, more_TN=more_TN, arrange=arrange, digits=digits
     )
@@ -202,6 +204,9 @@ def _multiply(
         _multiply_dense(_ordered(x_TK, weight.order_K), weight, after, out_TN)
     elif T > 0:
         cut = cut or choose_cut(weight, T, beside)
+        if cut.wide and (after.norm is not None or after.digits is not None):
+            what = "a folded norm" if after.norm is not None else "digits to be left"
+            raise ValueError(f"{what} by a product of {T} tokens that is not by digits itself")
         partial = out_TN
         if cut.splits > 1:
             shape = (cut.splits, T, weight.starts[-1])
@@ -298,6 +303,8 @@ class SumOfProducts:
                 choose_cut(weight, len(out_TN), one)
                 for weight, one in zip_longest(weights, beside or ())
             ]
+            if len({triton.cdiv(len(out_TN), cut.tokens) for cut in self._cuts}) > 1:
+                raise ValueError("products of a sum are cut into different numbers of token tiles")
             if norms_N:
                 if any(cut.wide for cut in self._cuts):
                     raise ValueError("norms are folded where all products of a sum are by digits")

@@ -80,7 +80,7 @@ class Attention(nn.Module):
         arrange: bool,
     ) -> Tensor:
         """The same in two launches, or three where few sequences have long contexts."""
-        from longwing.kernels import paged_triton, write_triton
+        from longwing.kernels import fused_triton, paged_triton, write_triton
 
         pages = inputs.pages[self.layer]
         cos_TF, sin_TF = (rotation.cos_TF, rotation.sin_TF) if rotation else (None, None)
@@ -88,7 +88,8 @@ class Attention(nn.Module):
             q_TNH, k_TKH, v_TKH, cos_TF, sin_TF, pages, inputs.slots_T
         )
         out_TNH = torch.empty(q_TNH.shape, dtype=q_TNH.dtype, device=q_TNH.device)
-        for call in inputs.calls:
+        calls = inputs.calls
+        for call in calls:
             paged_triton.paged_attention(
                 q_TNH,
                 pages,
@@ -97,7 +98,10 @@ class Attention(nn.Module):
                 most_new=call.most_new,
                 most_context=call.most_context,
                 out_TNH=out_TNH,
-                digits=digits,
+                digits=digits if len(calls) == 1 else None,
                 arrange=arrange,
             )
-        return out_TNH.flatten(1)
+        out_TD = out_TNH.flatten(1)
+        if digits is not None and len(calls) > 1:
+            fused_triton.as_digits(out_TD, made=digits)
+        return out_TD

@@ -12,7 +12,8 @@ class Branch:
     In a graph two branches run beside each other, and the GPU fills the gaps of one with the other:
     attention waits for memory where a product streams. The line that is captured on has the higher
     priority (`engine/graphs.py`). What runs here must write to tensors that were there before and
-    stay until `join`: the allocator knows nothing of other lines.
+    stay until `join`, or to its own that nothing else uses: the allocator knows nothing of other
+    lines.
     """
 
     def __init__(self, device: torch.device) -> None:

@@ -16,7 +16,7 @@ product that gives it; and a Falcon's MLP runs beside its attention, both ending
 
 For few tokens the norms between two Falcon blocks are no launches either: they are folded into the
 products before and after them (`kernels/norm_fold.py`). And whatever a product reads is left as
-digits by what made it, attention excepted (`kernels/digits.py`).
+digits by what made it (`kernels/digits.py`).
 """
 
 from collections.abc import Sequence
@@ -139,6 +139,12 @@ class StreamedFalconBlock(nn.Module):
             and self.mlp_out.added is None
         )
         self.folds_its_norms = self.qkv.folds and self.up.folds
+        self.shares = ParallelBlock.of(
+            attention_in=self.qkv.weight,
+            attention_out=self.attention_out.weight,
+            mlp_in=self.up.weight,
+            mlp_out=self.mlp_out.weight,
+        )
         self.incoming: Handover | None = None
         self.outgoing: Handover | None = None
 
@@ -184,16 +190,10 @@ class StreamedFalconBlock(nn.Module):
         sum_TD = hidden_TD if alone else torch.empty_like(hidden_TD)
         more_TD = hidden_TD if alone else None
         norms_D = self._norms_that_follow(T)
-        shares = ParallelBlock.of(
-            attention_in=self.qkv.weight,
-            attention_out=outs[0],
-            mlp_in=self.up.weight,
-            mlp_out=outs[1],
-        )
         total = wna16_triton.SumOfProducts(
             *(outs, more_TD, sum_TD, self.out_bias),
             norms_N=norms_D if alone else (),
-            beside=(shares.attention_out, shares.mlp_out),
+            beside=(self.shares.attention_out, self.shares.mlp_out),
         )
         up_TF = hidden_TD.new_empty(T, self.up.weight.parts[0])
         up_digits = self._digits_between(hidden_TD)
@@ -204,7 +204,7 @@ class StreamedFalconBlock(nn.Module):
                 norm=folded[1],
                 act=self.act,
                 out_TO=up_TF,
-                beside=shares.mlp_in,
+                beside=self.shares.mlp_in,
                 digits=up_digits,
                 arranged=normed,
                 arrange=activated,
@@ -215,7 +215,7 @@ class StreamedFalconBlock(nn.Module):
             side = Branch(hidden_TD.device)
             side.run(mlp)
             qkv_TO = self.qkv(
-                for_attention_TD, norm=folded[0], beside=shares.attention_in, arranged=normed
+                for_attention_TD, norm=folded[0], beside=self.shares.attention_in, arranged=normed
             )
             attended_TD, digits, attended = self._attend(qkv_TO, rotation, inputs)
             total.add(0, digits or attended_TD, arranged=attended)
