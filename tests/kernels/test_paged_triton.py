@@ -108,11 +108,12 @@ def test_heads_that_share_keys_get_what_the_reference_gives(
     _assert_equals_reference(*_step(**step, heads=heads, dtype=dtype))
 
 
+@pytest.mark.parametrize("head_dim", [16, 64])
 @pytest.mark.parametrize("num_splits", [1, 3])
 def test_heads_can_be_written_in_the_order_that_a_product_of_many_tokens_takes(
-    num_splits: int,
+    num_splits: int, head_dim: int
 ) -> None:
-    q_TNH, inputs, spec = _step(**MIXED, heads=(6, 3), dtype=torch.float16)
+    q_TNH, inputs, spec = _step(**MIXED, heads=(6, 3), head_dim=head_dim, dtype=torch.float16)
     pages = inputs.pages[0]
     natural_TNH, arranged_TNH = (
         paged_triton.paged_attention(

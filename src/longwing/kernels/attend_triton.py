@@ -52,6 +52,18 @@ def _place(
     return s, first_token, num_before, num_new * GROUP, (tile - first_tile) * ROWS
 
 
+@triton.jit
+def _places(head_R, head_dim_H, HEAD_DIM: tl.constexpr, ARRANGE: tl.constexpr):
+    """Where in a token's numbers those of its heads lie."""
+    first_R1 = (head_R * HEAD_DIM)[:, None]
+    if not ARRANGE:
+        return first_R1 + head_dim_H[None, :]
+    elif HEAD_DIM % 32 == 0:  # what changes places stays in its head
+        return first_R1 + arranged(head_dim_H)[None, :]
+    else:
+        return arranged(first_R1 + head_dim_H[None, :])
+
+
 @triton.jit(do_not_specialize=["num_sequences", "tiles_each", "out_token_stride", "table_stride"])
 def attend_tile(
     q_ptr,
@@ -196,8 +208,7 @@ def attend_tile(
         total_R = tl.where(row_R < num_rows, total_R, 1.0)  # A row that is none may have seen none.
         out_RH = sum_RH / total_R[:, None]
         out_offset_R = (first_token + token_R).to(tl.int64) * out_token_stride
-        place_RH = (head_R * HEAD_DIM)[:, None] + head_dim_H[None, :]
-        place_RH = arranged(place_RH) if ARRANGE else place_RH
+        place_RH = _places(head_R, head_dim_H, HEAD_DIM, ARRANGE)
         out_ptrs = out_ptr + out_offset_R[:, None] + place_RH
         tl.store(out_ptrs, out_RH.to(out_ptr.dtype.element_ty), mask=there_RH)
     else:
@@ -387,8 +398,7 @@ def merge_splits(
     out_RH = tl.sum(sum_XRH * share_XR[:, :, None], 0) / total_R[:, None]
     out_offset_R = (first_token + row_R // GROUP).to(tl.int64) * out_token_stride
     head_R = kv_head * GROUP + row_R % GROUP
-    place_RH = (head_R * HEAD_DIM)[:, None] + head_dim_H[None, :]
-    place_RH = arranged(place_RH) if ARRANGE else place_RH
+    place_RH = _places(head_R, head_dim_H, HEAD_DIM, ARRANGE)
     out_ptrs = out_ptr + out_offset_R[:, None] + place_RH
     there_RH = is_row_R[:, None] & (head_dim_H < HEAD_DIM)[None, :]
     rounded_RH = out_RH.to(out_ptr.dtype.element_ty)
