@@ -1,13 +1,15 @@
 """The whole GPU test-suite in one go, then greedy text of a real model, GPU against CPU.
 
-    python bench/gpu_tests.py --model SMALL-MODEL [--jobs 6]
+    python bench/gpu_tests.py --model SMALL-MODEL [--jobs 12] [--logs FOLDER]
 
 All tests marked `gpu`, in so many processes at once, and those that take a GPU where there is one:
 the kernels', which elsewhere run in Triton's interpreter, and the fused blocks'. Then MODEL (small,
 real, its text worth comparing) answers prompts in the batching engine on the GPU, in each number
 type, and on the plain path of the CPU in float32. The texts must be equal; where they part, it must
 be at a near tie: the CPU's own logits there may differ by no more than the type's rounding can turn
-over (TIE). Exit status 1 if anything fails.
+over (TIE). Exit status 1 if anything fails. The tests' two halves run beside each other, half of
+the processes each; what they print goes to LOGS as it comes, so that a run that is cut off has left
+it.
 """
 
 import argparse
@@ -15,7 +17,9 @@ import lzma
 import os
 import subprocess
 import sys
+import tempfile
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -39,9 +43,9 @@ AUTO = '"cuda" if torch.cuda.is_available()'
 NUM_NEW = 48
 
 
-def suite(jobs: int) -> bool:
+def suite(jobs: int, logs: Path) -> bool:
     """Run the tests; whether all passed."""
-    parallel = ["-n", str(jobs)] if jobs > 1 else []
+    parallel = ["-n", str(max(jobs // 2, 1))] if jobs > 1 else []
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *parallel]
     # By name, for the rest of the suite may import what a machine with a GPU has not installed.
     files = sorted(Path("tests").rglob("test_*.py"))
@@ -50,11 +54,20 @@ def suite(jobs: int) -> bool:
         str(file) for file in files if file.parent.name == "kernels" or AUTO in file.read_text()
     ]
     began = time.perf_counter()
-    codes = [
-        subprocess.run([*command, "-m", "gpu", *marked], check=False).returncode,
-        subprocess.run([*command, "-m", "not gpu", *others], check=False).returncode,
-    ]
-    print(f"suite: {time.perf_counter() - began:.0f} s", flush=True)
+    halves = {"gpu": marked, "not gpu": others}
+    logs.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        running = {}
+        for half, names in halves.items():
+            path = logs / f"{half.replace(' ', '-')}.txt"
+            log = stack.enter_context(path.open("w"))
+            running[path] = subprocess.Popen(
+                [*command, "-m", half, *names], stdout=log, stderr=subprocess.STDOUT
+            )
+        codes = [process.wait() for process in running.values()]
+    for path in running:
+        print("\n".join(path.read_text().splitlines()[-30:]), flush=True)
+    print(f"suite: {time.perf_counter() - began:.0f} s, all of it in {logs}", flush=True)
     return codes == [0, 0]
 
 
@@ -116,10 +129,11 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="without it: the tests alone")
     parser.add_argument("--jobs", type=int, default=min(os.cpu_count() or 1, 8))
     parser.add_argument("--no-suite", action="store_true", help="compare texts alone")
+    parser.add_argument("--logs", type=Path, default=Path(tempfile.gettempdir()) / "gpu_tests")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("no GPU here")
-    good = args.no_suite or suite(args.jobs)
+    good = args.no_suite or suite(args.jobs, args.logs)
     if args.model:
         good &= compare(args.model)
     sys.exit(0 if good else 1)

@@ -21,12 +21,14 @@ from longwing.kernels import (
     write_kv,
 )
 from longwing.kernels.digits import Digits
+from longwing.layers import Attention
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"
 attend_triton: Any = pytest.importorskip("longwing.kernels.attend_triton")
 paged_triton: Any = pytest.importorskip("longwing.kernels.paged_triton")
+write_triton: Any = pytest.importorskip("longwing.kernels.write_triton")
 if DEVICE == "cpu" and type(attend_triton.tl.max).__name__ == "JITFunction":
     pytest.skip("triton was imported before TRITON_INTERPRET=1 was set", allow_module_level=True)
 
@@ -125,8 +127,18 @@ def test_heads_can_be_written_in_the_order_that_a_product_of_many_tokens_takes(
     assert torch.equal(arranged_TNH.flatten(1), by_lane.flatten(1))
 
 
-@pytest.mark.parametrize("heads", [(6, 3), (3, 3), (71, 1)])
-@pytest.mark.parametrize("head_dim", [16, 64, 96, 128, 256])
+@pytest.mark.parametrize(
+    ("heads", "head_dim"),
+    [
+        ((6, 3), 16),
+        ((6, 3), 64),
+        ((3, 3), 64),
+        ((71, 1), 64),
+        ((6, 3), 96),
+        ((3, 3), 128),
+        ((2, 1), 256),
+    ],
+)
 @pytest.mark.parametrize("num_splits", [1, 3])
 def test_a_step_of_few_tokens_leaves_the_digits_of_its_result(
     num_splits: int, head_dim: int, heads: tuple[int, int]
@@ -147,6 +159,21 @@ def test_a_step_of_few_tokens_leaves_the_digits_of_its_result(
         expected = Digits.of(found_TNH.flatten(1))
         assert torch.equal(room.digits_3TK, expected.digits_3TK)
         assert torch.equal(room.steps_CT, expected.steps_CT)
+
+
+def test_a_step_of_several_calls_leaves_the_digits_of_all_its_tokens(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    q_TNH, inputs, spec = _step([1, 1, 3], [50, 7, 40], dtype=torch.float16)
+    inputs = replace(inputs, num_decoding=2, most_new=3, most_context=50)
+    assert len(inputs.calls) == 2
+    monkeypatch.setenv("LONGWING_KERNELS", "triton")
+    monkeypatch.setattr(write_triton, "rotate_and_write", lambda q_TNH, *_: q_TNH)
+    room = Digits.room_like(q_TNH.flatten(1))
+    out_TD = Attention(0, spec)(q_TNH, q_TNH, q_TNH, None, inputs, digits=room)
+    expected = Digits.of(out_TD)
+    assert torch.equal(room.digits_3TK, expected.digits_3TK)
+    assert torch.equal(room.steps_CT, expected.steps_CT)
 
 
 def test_sequences_that_decode_beside_a_prompt_get_a_call_of_their_own() -> None:
