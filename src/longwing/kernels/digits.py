@@ -64,7 +64,7 @@ class Digits:
 
     @classmethod
     def of(cls, x_TK: Tensor) -> Self:
-        """What the kernels make of x; the reference."""
+        """What the kernels make of finite x; the reference."""
         made = cls.room_like(x_TK)
         blocks, num_tokens = made.steps_CT.shape
         x_TCB = x_TK.new_zeros(num_tokens, blocks * BLOCK, dtype=torch.float64)
