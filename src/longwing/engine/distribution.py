@@ -45,11 +45,10 @@ class Ranking:
         """Take down, as a bool on the device, whether a list was long enough."""
         self._notes.append(enough)
 
-    def enough(self, like: Tensor) -> Tensor:
-        """Whether all lists were, for each element of `like` the same."""
-        if not self._notes:
-            return torch.ones_like(like)
-        return torch.stack(self._notes).all().long().expand_as(like)
+    @property
+    def enough(self) -> Tensor | None:
+        """Whether all lists were: one bool on the device; None if there are none."""
+        return torch.stack(self._notes).all() if self._notes else None
 
 
 def distributions(logits_RV: Tensor, params: Sequence[SamplingParams], ranking: Ranking) -> Tensor:

@@ -99,6 +99,7 @@ class DecodeGraphs:
         self._numbers = _Mirrored(6, MOST_TOKENS + 1, model.device)
         self._tables = _Mirrored(self.most_sequences, -(-context // self.page_len), model.device)
         self._written: list[tuple[list[int], int]] = [([], 0)] * self.most_sequences
+        self._read = torch.cuda.Event() if model.device.type == "cuda" else None
 
     def __len__(self) -> int:
         return len(self._graphs)
@@ -155,6 +156,8 @@ class DecodeGraphs:
             self._record(shape)
         graph, hidden_TD = self._graphs[shape]
         graph.replay()
+        if self._read is not None:
+            self._read.record(torch.cuda.current_stream(self.model.device))
         return hidden_TD[:num_tokens]
 
     def record(self, shape: Shape) -> None:
@@ -185,6 +188,10 @@ class DecodeGraphs:
     def _stream(self) -> torch.cuda.Stream:
         """Of a higher priority than the side branches of `models.branch.Branch`."""
         return torch.cuda.Stream(self.model.device, priority=-1)
+
+    @cached_property
+    def _sending(self) -> torch.cuda.Stream:
+        return torch.cuda.Stream(self.model.device)
 
     @cached_property
     def _pool(self) -> Any:
@@ -232,9 +239,24 @@ class DecodeGraphs:
         lens[len(batch) : shape.sequences] = 0
         tokens[at : shape.tokens] = rows[at : shape.tokens] = 0
         slots[at : shape.tokens] = -1
-        self._numbers.copy()
-        self._tables.copy()
+        self._send()
         return at
+
+    def _send(self) -> None:
+        """Bring what was written to the device as soon as the last step has read what is there.
+
+        In a line of its own, so that it is there when the last step's tokens are: to begin and end
+        a copy among kernels takes longer than the copy.
+        """
+        if self._read is None:
+            self._numbers.copy()
+            self._tables.copy()
+            return
+        self._sending.wait_event(self._read)
+        with torch.cuda.stream(self._sending):
+            self._numbers.copy()
+            self._tables.copy()
+        torch.cuda.current_stream(self.model.device).wait_stream(self._sending)
 
     def _write_table(self, s: int, pages: list[int]) -> None:
         """Bring a row up to date. The scheduler only appends to a list of pages, or takes a new."""

@@ -9,6 +9,7 @@ Shape key: T tokens, F rotary frequencies, L positions of all rungs together.
 import torch
 from torch import Tensor
 
+from longwing.kernels import take_rows
 from longwing.rope import RotaryTables
 
 
@@ -43,5 +44,5 @@ class Rotations:
         """(cos_TF, sin_TF) of some rows; None without tables."""
         if self._tables is None:
             return None, None
-        cos_LF, sin_LF = self._tables
-        return cos_LF.index_select(0, rows_T), sin_LF.index_select(0, rows_T)
+        cos_TF, sin_TF = take_rows(rows_T, *self._tables)
+        return cos_TF, sin_TF

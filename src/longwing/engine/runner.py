@@ -155,10 +155,10 @@ class Runner:
 
     @torch.inference_mode()
     def logits(self, hidden_TD: Tensor, rows: Sequence[int]) -> Tensor:
-        """(R, V) float32 logits of some rows."""
+        """(R, V) logits of some rows, in the output head's number type."""
         if len(rows) == len(hidden_TD):
-            return self.model.logits(hidden_TD)
-        return self.model.logits(hidden_TD[self._ints(rows)])
+            return self.model.head(hidden_TD)
+        return self.model.head(hidden_TD[self._ints(rows)])
 
     def _page_tables(self, batch: Sequence[Work], context_lens: Sequence[int]) -> np.ndarray:
         """(S, M) int32, ragged rows filled up with 0, which nobody reads."""

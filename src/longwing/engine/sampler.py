@@ -33,6 +33,7 @@ from longwing.engine.penalties import adjusted
 from longwing.engine.sampling_state import SamplingState
 from longwing.engine.transfers import Answer, placed, put, take
 from longwing.errors import LogitsError, RequestError
+from longwing.kernels import likeliest
 
 Choice = tuple[int, float | None, list[TokenLogprob]]
 """A token, its log-probability if it is wanted, and the likeliest in its place."""
@@ -116,7 +117,7 @@ class Choosing:
                 f"logits for {len(states)} sequences have shape {tuple(logits_SV.shape)}; "
                 f"one row for each is needed"
             )
-        self._logits_SV = logits_SV.detach().float()
+        self._logits_SV = logits_SV.detach()
         self._states = states
         self._reporting = _batches(
             [i for i, s in enumerate(states) if s.params.logprobs is not None]
@@ -133,15 +134,15 @@ class Choosing:
     def read(self) -> list[Choice | None]:
         """Wait for the tokens; None for the rows whose logits allow none."""
         while True:
-            first, *numbers = self._answer.read()
-            ids, usable, enough = first.tolist()
-            if all(enough):
+            chosen_S2, *numbers = self._answer.read()
+            if not self._asks_enough or numbers.pop(0).item():
                 break
             self.stands = False
             self._num_ranked *= 16
             for state in self._states:
                 state.needed(self._num_ranked)
             self._begin()
+        ids, usable = chosen_S2.T.tolist()
         choices: list[Choice | None] = [
             (token_id, None, []) if is_usable else None
             for token_id, is_usable in zip(ids, usable, strict=True)
@@ -158,18 +159,21 @@ class Choosing:
         """Give the device all the work, and have it send what `read` reads."""
         logits_SV, states = self._logits_SV, self._states
         ranking = Ranking(self._num_ranked)
-        max_S, id_S = logits_SV.max(dim=-1)  # of equals the first, on every device
-        usable_S = max_S.isfinite()  # nan, too, is a maximum
+        max_S, chosen_S2 = likeliest(logits_SV)
         for rows in _batches([i for i, state in enumerate(states) if _needs_more_than_max(state)]):
             own = [states[row] for row in rows]
-            id_R, usable_R = _choose(take(logits_SV, rows), own, ranking)
-            id_S = put(id_S, rows, id_R)
-            usable_S = put(usable_S, rows, usable_R)
-        self.ids_S = id_S
-        answer = [torch.stack((id_S, usable_S.long(), ranking.enough(id_S)))]
+            chosen_R2 = _choose(take(logits_SV, rows).float(), own, ranking)
+            chosen_S2 = put(chosen_S2, rows, chosen_R2)
+        self.ids_S = chosen_S2[:, 0]
+        answer = [chosen_S2]
+        enough = ranking.enough
+        self._asks_enough = enough is not None
+        if enough is not None:
+            answer.append(enough)
         for rows in self._reporting:
-            max_R, id_R = take(max_S, rows), take(id_S, rows)
-            answer += measured(take(logits_SV, rows), max_R, id_R, self._nums_top(rows))
+            max_R, id_R = take(max_S, rows), take(self.ids_S, rows)
+            logits_RV = take(logits_SV, rows).float()
+            answer += measured(logits_RV, max_R, id_R, self._nums_top(rows))
         self._answer = Answer(answer)
 
     def _nums_top(self, rows: Sequence[int]) -> list[int]:
@@ -212,19 +216,18 @@ def probabilities(logits_V: Tensor, state: SamplingState) -> Tensor:
     return distributions(logits_1V, [state.params], Ranking(len(logits_V)))[0]
 
 
-def _choose(
-    logits_RV: Tensor, states: Sequence[SamplingState], ranking: Ranking
-) -> tuple[Tensor, Tensor]:
-    """Ids (R,) of rows that need more than the batch's maximum, and whether they are usable."""
+def _choose(logits_RV: Tensor, states: Sequence[SamplingState], ranking: Ranking) -> Tensor:
+    """`Likeliest.chosen_S2` of rows that need more than the batch's maximum."""
     logits_RV = adjusted(logits_RV, states)
-    max_R, id_R = logits_RV.max(dim=-1)
+    chosen_R2 = likeliest(logits_RV).chosen_S2
     if rows := [row for row, state in enumerate(states) if not state.params.is_greedy]:
         params = [states[row].params for row in rows]
         probs_RV = distributions(take(logits_RV, rows), params, ranking)
         numbers = [uniform(states[row].seed, states[row].num_generated) for row in rows]
-        drawn_R = draw_rows(probs_RV, placed(numbers, torch.float64, id_R.device))
-        id_R = put(id_R, rows, drawn_R)
-    return id_R, max_R.isfinite()
+        drawn_R = draw_rows(probs_RV, placed(numbers, torch.float64, chosen_R2.device))
+        usable_R = take(chosen_R2[:, 1], rows)
+        chosen_R2 = put(chosen_R2, rows, torch.stack((drawn_R, usable_R), dim=1))
+    return chosen_R2
 
 
 def _needs_more_than_max(state: SamplingState) -> bool:

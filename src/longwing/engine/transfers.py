@@ -6,6 +6,7 @@ Shape key: R rows; R1 is a column, a number of each row.
 """
 
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -41,6 +42,8 @@ def put(x_R: Tensor, rows: Sequence[int], new_R: Tensor) -> Tensor:
 class Answer:
     """Tensors on their way from a device to the host, behind all that the device was given before.
 
+    What it is given afterwards does not wait for them.
+
     Args:
         tensors: of one device, one at least; not to be changed before they have been read.
     """
@@ -48,16 +51,28 @@ class Answer:
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self._on_host = list(tensors)
         self._arrived: torch.cuda.Event | None = None
-        if tensors[0].is_cuda:
-            self._on_host = [_sent(tensor) for tensor in tensors]
+        device = tensors[0].device
+        if device.type == "cuda":
+            self._on_device = list(tensors)  # as long as they are under way
             self._arrived = torch.cuda.Event()
-            self._arrived.record(torch.cuda.current_stream(tensors[0].device))
+            stream = _stream(device)
+            stream.wait_stream(torch.cuda.current_stream(device))
+            with torch.cuda.stream(stream):
+                self._on_host = [_sent(tensor) for tensor in tensors]
+                self._arrived.record(stream)
 
     def read(self) -> list[Tensor]:
         """Them, on the host, once they are there; what the device was given since goes on."""
         if self._arrived is not None:
             self._arrived.synchronize()
+            self._on_device = []
         return self._on_host
+
+
+@cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """A line for copies: to begin and end one among kernels takes them some 8 µs."""
+    return torch.cuda.Stream(device)
 
 
 def _sent(tensor: Tensor) -> Tensor:

@@ -16,7 +16,9 @@ from longwing.kernels.attention import (
 )
 from longwing.kernels.choice import attends_in_triton, chooses_triton
 from longwing.kernels.cpu import CpuWeight, DenseWeight, Int4Weight, Int8Weight
+from longwing.kernels.likeliest import Likeliest, likeliest
 from longwing.kernels.pages import KV_DTYPES, AttentionInputs, KVPages, write_kv
+from longwing.kernels.rows import take_rows
 from longwing.kernels.streamed import StreamedWeight
 from longwing.kernels.wna16 import (
     BITS,
@@ -39,6 +41,7 @@ __all__ = [
     "Int4Weight",
     "Int8Weight",
     "KVPages",
+    "Likeliest",
     "PackedWeight",
     "StreamedWeight",
     "alibi_slopes",
@@ -46,11 +49,13 @@ __all__ = [
     "attends_in_triton",
     "chooses_triton",
     "dequantize",
+    "likeliest",
     "pack",
     "packed_matmul",
     "paged_attention",
     "paired",
     "rotate",
+    "take_rows",
     "turn",
     "turns",
     "unpack",

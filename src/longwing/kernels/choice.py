@@ -18,12 +18,15 @@ from longwing.kernels.pages import KVPages
 _HALVES = (torch.float16, torch.bfloat16)
 
 
+def is_for_triton(x: Tensor) -> bool:
+    """Whether Triton's form runs where it does the same to the last bit, in any number type."""
+    word = os.environ.get("LONGWING_KERNELS", "auto")
+    return word != "reference" and (x.is_cuda or word == "triton")
+
+
 def chooses_triton(x: Tensor) -> bool:
     """Whether activations like these go through Triton."""
-    word = os.environ.get("LONGWING_KERNELS", "auto")
-    if word == "reference" or x.dtype not in _HALVES:
-        return False
-    return x.is_cuda or word == "triton"
+    return x.dtype in _HALVES and is_for_triton(x)
 
 
 def attends_in_triton(q_TNH: Tensor, pages: KVPages) -> bool:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from longwing.kernels import PackedWeight, StreamedWeight, dequantize, packed_matmul
+from longwing.kernels import PackedWeight, StreamedWeight, dequantize, packed_matmul, take_rows
 from longwing.parallel import Shard
 
 
@@ -124,4 +124,6 @@ class Embedding(nn.Module):
 
     def forward(self, tokens_T: Tensor) -> Tensor:
         """(T,) -> (T, D)."""
-        return F.embedding(tokens_T, self.weight)
+        if torch.is_grad_enabled():
+            return F.embedding(tokens_T, self.weight)
+        return take_rows(tokens_T, self.weight)[0]

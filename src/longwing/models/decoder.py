@@ -120,10 +120,14 @@ class Decoder(nn.Module):
 
     def logits(self, hidden_TD: Tensor) -> Tensor:
         """(T, D) -> (T, V) float32; of a group, the whole row on every rank."""
+        return self.head(hidden_TD).float()
+
+    def head(self, hidden_TD: Tensor) -> Tensor:
+        """The same logits in the number type that the output head gives."""
         own_TV = self.lm_head(hidden_TD)
         if own_TV.shape[1] < self.config.vocab_size:
             own_TV = self.group.all_gather(own_TV, 1)
-        return own_TV.float()
+        return own_TV
 
     def rotation(self, positions_T: Tensor, inputs: AttentionInputs | None) -> Rotation | None:
         """How each token is turned: as `inputs` says, else by the rung that holds these tokens."""
