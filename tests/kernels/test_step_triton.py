@@ -55,7 +55,7 @@ def test_a_row_without_a_usable_token_says_so_and_names_one_that_there_is() -> N
 @pytest.mark.parametrize("D", [3, 64, 4544])
 def test_rows_are_taken_as_they_lie(D: int, index: torch.dtype, dtype: torch.dtype) -> None:
     tables = [torch.randn(2, 11, D).to(dtype)[i] for i in range(2)]
-    index_T = torch.tensor([10, 0, 0, 7], dtype=index)
+    index_T = torch.tensor([[10, 1], [0, 2], [0, 3], [7, 4]], dtype=index)[:, 0]
     for num in (1, 2):
         moved = [table_LD.to(DEVICE) for table_LD in tables[:num]]
         found = step_triton.take_rows(index_T.to(DEVICE), *moved)

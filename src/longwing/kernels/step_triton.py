@@ -19,7 +19,7 @@ from longwing.kernels.likeliest import Likeliest
 ROW_BLOCK = 2048
 """Numbers of a row that a program copies."""
 
-LOGITS_BLOCK = 16384
+LOGITS_BLOCK = 8192
 """Logits that the program of a row holds at once."""
 
 
@@ -33,7 +33,9 @@ def take_rows(index_T: Tensor, *tables_LD: Tensor) -> tuple[Tensor, ...]:
     if T:
         with torch.cuda.device_of(first_LD):
             _copy_rows[(T, triton.cdiv(D, block))](
-                *(index_T, first_LD, second[0], outs[0], second[1]), D=D, BLOCK=block
+                *(index_T, first_LD, second[0], outs[0], second[1], index_T.stride(0)),
+                D=D,
+                BLOCK=block,
             )
     return outs
 
@@ -60,12 +62,13 @@ def _copy_rows(
     second_ptr,
     to_first_ptr,
     to_second_ptr,
+    index_stride,
     D: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """A part of one row, of each table."""
     at = tl.program_id(0).to(tl.int64)
-    row = tl.load(index_ptr + at).to(tl.int64)
+    row = tl.load(index_ptr + at * index_stride).to(tl.int64)
     place_D = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     there_D = place_D < D
     numbers_D = tl.load(first_ptr + row * D + place_D, mask=there_D)
@@ -75,14 +78,14 @@ def _copy_rows(
         tl.store(to_second_ptr + at * D + place_D, numbers_D, mask=there_D)
 
 
-@triton.jit(do_not_specialize=["row_stride"])
+@triton.jit
 def _find_likeliest(logits_ptr, max_ptr, chosen_ptr, V, row_stride, BLOCK: tl.constexpr):
     """One row: each lane keeps the highest of its logits and where it was first; then all do."""
     row = tl.program_id(0).to(tl.int64)
     in_block_V = tl.arange(0, BLOCK)
     highest_V = tl.full((BLOCK,), float("-inf"), tl.float32)
     id_V = tl.zeros((BLOCK,), tl.int32)
-    for start in range(0, V, BLOCK):
+    for start in tl.range(0, V, BLOCK, num_stages=4):
         now_V = start + in_block_V
         logit_V = tl.load(
             logits_ptr + row * row_stride + now_V, mask=now_V < V, other=float("-inf")
