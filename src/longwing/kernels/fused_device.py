@@ -16,32 +16,31 @@ def _sigmoid(x):
 
 
 @triton.jit
-def _below(x):
-    """How much of the normal distribution lies below -|x|, to 2e-6 of itself for |x| up to 5.
+def _gelu(x):
+    """GELU: x times the share of the normal distribution below it, max(x, 0) - |x| below(-|x|).
 
-    It is t 2**(p(t) - x**2 log2(e) / 2) with t = 1 / (1 + 0.4 |x| / sqrt(2)) and a polynomial p,
-    which was fitted by Chebyshev's points. No branch, where the library's erf has one: a prompt's
-    activations are then bound by memory. 1 + erf would cancel where this is small.
+    The logarithm of below(-a), to the base 2, is nearly a polynomial: this one, of least greatest
+    error, gives it to 1.1e-5 of itself for a up to 9, where 1e-19 is left. No branch, where the
+    library's erf has one, and no division: a prompt's activations are then bound by memory.
     """
-    t = 1.0 / (1.0 + 0.28284271247 * tl.abs(x))
-    p = -0.306892697
-    p = p * t + 1.37083003
-    p = p * t - 2.22021945
-    p = p * t + 1.52885065
-    p = p * t - 0.699879758
-    p = p * t + 0.458745341
-    p = p * t + 0.570344867
-    p = p * t + 1.44602773
-    p = p * t - 3.14780688
-    return t * tl.exp2(p - x * x * 0.7213475204444817)
+    a = tl.minimum(tl.abs(x), 9.0)
+    p = 7.46325455e-08
+    p = p * a - 3.65577398e-06
+    p = p * a + 7.94375519e-05
+    p = p * a - 0.00102004851
+    p = p * a + 0.00875086896
+    p = p * a - 0.0543046631
+    p = p * a - 0.458241522
+    p = p * a - 1.15129495
+    p = p * a - 0.999996603
+    return tl.maximum(x, 0.0) - a * tl.exp2(p)
 
 
 @triton.jit
 def activate(x, act: tl.constexpr):
     """float32 through the activation of that name; "" is none. In config.json's words."""
     if act == "gelu":
-        below = _below(x)
-        return x * tl.where(x > 0, 1.0 - below, below)
+        return _gelu(x)
     elif act == "gelu_new" or act == "gelu_pytorch_tanh":
         # 0.5 (1 + tanh y) is sigmoid(2 y).
         return x * _sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
