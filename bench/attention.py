@@ -5,7 +5,9 @@ r"""Attention over pages on one GPU: decode, prefill, and the write before them,
 Times are medians of CUDA graph replays. Decode goes from layer to layer over more cache than the L2
 holds. "floor" is the time that the bytes need at
 4.3 TB/s, or the products at 790 TFLOP/s, whichever is more; "of floor" is the share of it reached.
-Decode counts all that a layer's step does: rotation and write, attention, and its merge.
+Decode counts all that a layer's step does: rotation and write, attention, and its merge. Where each
+sequence brings one token to a cache of floats, attention itself rotates and writes, and
+"two_launches_us" is the same step with a launch of its own for that.
 """
 
 import argparse
@@ -24,7 +26,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from longwing.kernels import AttentionInputs, AttentionSpec, KVPages
-from longwing.kernels.paged_triton import paged_attention
+from longwing.kernels.paged_triton import NewKV, paged_attention
 from longwing.kernels.write_triton import rotate_and_write
 
 BYTES_PER_US, FLOPS_PER_US = 4.3e6, 790e6
@@ -60,6 +62,10 @@ class Case:
     def kv_bytes(self) -> int:
         _, K, H = self.heads
         return self.batch * self.context * K * 2 * (H + 4 if self.kv == "int8" else 2 * H)
+
+    @property
+    def writes_itself(self) -> bool:
+        return self.new == 1 and self.kv != "int8"
 
     @property
     def flops(self) -> float:
@@ -145,7 +151,7 @@ class Step:
         inputs = self.inputs
         return rotate_and_write(*self.parts, inputs.cos_TF, inputs.sin_TF, pages, inputs.slots_T)
 
-    def attend(self, q_TNH: Tensor, pages: KVPages) -> Tensor:
+    def attend(self, q_TNH: Tensor, pages: KVPages, new: NewKV | None = None) -> Tensor:
         return paged_attention(
             q_TNH,
             pages,
@@ -153,7 +159,22 @@ class Step:
             self.spec,
             most_new=self.case.new,
             most_context=self.case.most_context or self.case.context,
+            new=new,
         )
+
+    def attend_and_write(self, pages: KVPages) -> Tensor:
+        """All of a layer's step, in the launches that `layers.Attention` makes of it."""
+        if not self.case.writes_itself:
+            return self.attend(self.write(pages), pages)
+        (q_TNH, k_TKH, v_TKH), inputs = self.parts, self.inputs
+        new = NewKV(
+            k_TKH=k_TKH,
+            v_TKH=v_TKH,
+            cos_TF=inputs.cos_TF,
+            sin_TF=inputs.sin_TF,
+            slots_T=inputs.slots_T,
+        )
+        return self.attend(q_TNH, pages, new)
 
 
 def graph_us(calls: Sequence[Callable[[], object]], repeats: int = 9) -> float:
@@ -183,10 +204,14 @@ def decode(case: Case) -> dict[str, float]:
     step = Step(case, num_layers)
     layers = step.inputs.pages
     q_TNH = step.write(layers[0])
-    return {
-        "us": graph_us([lambda p=p: step.attend(step.write(p), p) for p in layers]),
+    measured = {
+        "us": graph_us([lambda p=p: step.attend_and_write(p) for p in layers]),
         "attention_us": graph_us([lambda p=p: step.attend(q_TNH, p) for p in layers]),
     }
+    if case.writes_itself:
+        two = [lambda p=p: step.attend(step.write(p), p) for p in layers]
+        measured["two_launches_us"] = graph_us(two)
+    return measured
 
 
 def decode_peer(case: Case, backend: SDPBackend) -> dict[str, float]:

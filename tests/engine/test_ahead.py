@@ -64,7 +64,9 @@ class Echo:
         self.has_bad_rows = True
         self.adapters = None
 
-    def forward(self, batch: Sequence[Work], tokens_T: Tensor | None = None) -> Tensor:
+    def forward(
+        self, batch: Sequence[Work], tokens_T: Tensor | None = None, *, ends_only: bool = False
+    ) -> Tensor:
         self.ahead += tokens_T is not None
         if tokens_T is not None and self.ahead == self.fails_at:
             raise torch.OutOfMemoryError("Tried to allocate 20.00 GiB.")
@@ -79,7 +81,8 @@ class Echo:
                 context = [
                     self.slots[table[i // self.page_len], i % self.page_len] for i in range(at)
                 ]
-                found.append(zlib.crc32(repr([*context, (at, token)]).encode()))
+                if not ends_only or at == work.start + len(work.token_ids) - 1:
+                    found.append(zlib.crc32(repr([*context, (at, token)]).encode()))
         return torch.tensor(found)[:, None]
 
     def logits(self, hidden_TD: Tensor, rows: Sequence[int]) -> Tensor:

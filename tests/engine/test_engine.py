@@ -308,13 +308,13 @@ def test_running_out_of_memory_costs_one_request_and_changes_no_other(
         forward, count = engine.runner.forward, 0
 
         def exhausted(
-            batch: Any, tokens_T: Any, forward: Any = forward, at: int = at
+            batch: Any, tokens_T: Any, forward: Any = forward, at: int = at, **wanted: bool
         ) -> torch.Tensor:
             nonlocal count
             count += 1
             if count == at:
                 raise torch.OutOfMemoryError("Tried to allocate 20.00 GiB.")
-            return forward(batch, tokens_T)
+            return forward(batch, tokens_T, **wanted)
 
         monkeypatch.setattr(engine.runner, "forward", exhausted)
         told = run(engine, [request(prompt, max_new_tokens=6) for prompt in prompt_list])

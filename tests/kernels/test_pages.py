@@ -1,5 +1,7 @@
 """The paged cache: shared calls against lone ones, windows, and the 8-bit form."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,6 +11,7 @@ from longwing.kernels import (
     AttentionSpec,
     KVPages,
     attend,
+    narrowed,
     paged_attention,
     paired,
     rotate,
@@ -75,6 +78,29 @@ def test_sequences_in_one_step_get_what_each_gets_alone(
     spec = AttentionSpec(scale=H**-0.5, window=window)
     actual = paged_attention(q, inputs.pages[0], inputs, spec)
     torch.testing.assert_close(actual, alone(q, new, kv, spec), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("window", [None, 1, 7, 20])
+def test_ends_attend_as_they_do_among_all_and_share_calls_as_decodes_do(
+    window: int | None,
+) -> None:
+    inputs, q, _ = step([30, 31, 29, 100, 32], [1, 1, 4, 40, 32], 16)
+    spec = AttentionSpec(scale=H**-0.5, window=window)
+    whole = paged_attention(q, inputs.pages[0], inputs, spec)
+    ends = inputs.ends()
+    actual = paged_attention(narrowed(q, ends), inputs.pages[0], ends, spec)
+    torch.testing.assert_close(actual, whole[[0, 1, 5, 45, 77]], rtol=1e-5, atol=1e-6)
+    if window is None:
+        assert sorted(batch.num_sequences for batch in ends.work(None)) == [1, 4]
+
+
+def test_ends_are_one_call_of_decoding_on_a_gpu() -> None:
+    inputs, _, _ = step([30, 31, 100], [1, 1, 40], 16)
+    inputs = replace(inputs, num_decoding=2, most_new=40, most_context=100)
+    assert [call.most_new for call in inputs.calls] == [1, 40]
+    (call,) = inputs.ends().calls
+    assert (call.most_new, call.most_context) == (1, 100)
+    assert call.starts_S1.tolist() == [0, 1, 2, 3]
 
 
 def test_decodes_of_like_length_share_a_call_and_others_do_not() -> None:

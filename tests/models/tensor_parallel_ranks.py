@@ -92,7 +92,10 @@ def _greedy(model: Decoder, prompt_T: Tensor, num_new: int) -> tuple[Tensor, Ten
             cos_TF=cos_TF,
             sin_TF=sin_TF,
         )
-        rows.append(model.logits(model(new_T, positions_T, inputs)[-1:]))
+        # Of ranks the last block does no more of the prompt than is wanted; of one it does it all.
+        ends_only = model.group.size > 1
+        hidden_TD = model(new_T, positions_T, inputs, ends_only=ends_only)
+        rows.append(model.logits(hidden_TD[-1:]))
         new_T = rows[-1].argmax(-1)
         tokens.append(new_T)
     return torch.cat(tokens), torch.cat(rows)

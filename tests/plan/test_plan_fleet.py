@@ -117,7 +117,8 @@ def test_between_two_measured_numbers_of_tokens_the_share_lies_between_theirs() 
 
 def test_a_long_prompt_takes_falcon_40b_what_its_operations_take() -> None:
     read = fleet()
-    linear, attention = 2 * 40.77e9 * 24_000, 2 * 128 * 64 * 24_000**2 * 60
+    # Of the last of 60 blocks only one token attends.
+    linear, attention = 2 * 40.77e9 * 24_000, 2 * 128 * 64 * 24_000**2 * 59
     assert read.read_attention_s == pytest.approx(attention / (0.58 * 790e12), rel=0.01)
     assert read.read_s - read.read_attention_s == pytest.approx(linear / (0.79 * 790e12), rel=0.02)
 

@@ -37,7 +37,8 @@ class Flight:
 
     Attributes:
         batch: its works.
-        hidden_TD: what the model gave; it holds until another step is launched.
+        hidden_TD: what the model gave, for each token or each work's last (`launch`); it holds
+            until another step is launched.
         rows: for each sequence that is to have tokens, its rows of S: one after each draft, and the
             last.
         choosing: their tokens; None if nobody is to have any.
@@ -94,6 +95,8 @@ def launch(
     batch: Sequence[Work],
     states_of: Callable[[Work], list[SamplingState]],
     tokens_T: Tensor | None = None,
+    *,
+    all_rows: bool = False,
 ) -> Flight:
     """Launch a step, and the choosing of its tokens. On a GPU nothing here waits for it.
 
@@ -103,14 +106,17 @@ def launch(
         states_of: what sampling knows for each of a work's last rows that is to have a token. It is
             asked while the device is at work already.
         tokens_T: the step's tokens, if `batch` does not know them.
+        all_rows: keep the hidden states of every token. Without it, and without drafts, the model
+            gives those of each work's last alone.
     """
-    hidden_TD = runner.forward(batch, tokens_T)
+    ends_only = not all_rows and not any(work.num_drafts for work in batch)
+    hidden_TD = runner.forward(batch, tokens_T, ends_only=ends_only)
     wanted: list[int] = []
     states: list[SamplingState] = []
     rows: dict[Scheduled, range] = {}
     end = 0
     for work in batch:
-        end += len(work.token_ids)
+        end += 1 if ends_only else len(work.token_ids)
         if own := states_of(work):
             rows[work.sequence] = range(len(states), len(states) + len(own))
             wanted += range(end - len(own), end)

@@ -259,7 +259,12 @@ class Engine:
         for work in batch:
             job = self._job_of[work.sequence]
             job.started = job.started or began
-        return launch(self.runner, batch, self._states)
+        all_rows = any(
+            work.start < work.sequence.prompt_len
+            and self._job_of[work.sequence].request.prompt_logprobs is not None
+            for work in batch
+        )
+        return launch(self.runner, batch, self._states, all_rows=all_rows)
 
     def _launch_ahead(self, flight: Flight) -> Flight | None:
         """The step after one whose tokens are not known yet, if that can be."""
@@ -381,7 +386,7 @@ class Engine:
     def _read(self, job: _Job, work: Work, hidden_TD: Tensor, row: int) -> list[_Said]:
         """What a chunk of the prompt gives: progress, and log-probabilities if asked for.
 
-        Its hidden states begin at `row` of the step's.
+        Its hidden states begin at `row` of the step's, if these are of all tokens.
         """
         prompt_len = work.sequence.prompt_len
         done = min(work.start + len(work.token_ids), prompt_len)

@@ -96,7 +96,7 @@ class Follower:
                 num = sum(len(work.token_ids) for work in batch)
                 tokens_T = torch.empty(num, dtype=torch.int64, device=runner.model.device)
                 runner.model.group.broadcast(tokens_T)
-            self._hidden_TD = runner.forward(batch, tokens_T)
+            self._hidden_TD = runner.forward(batch, tokens_T, ends_only=message["ends_only"])
         elif message["op"] == "logits" and self._hidden_TD is not None:
             runner.logits(self._hidden_TD, message["rows"])
         elif message["op"] == "record":

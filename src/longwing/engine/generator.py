@@ -322,7 +322,7 @@ class _Sequence:
         )
         tokens_T = torch.tensor(token_ids, dtype=torch.int64, device=device)
         self.len = end
-        return self.model(tokens_T, positions_T, inputs)
+        return self.model(tokens_T, positions_T, inputs, ends_only=True)
 
     @torch.inference_mode()
     def _last_logits(self, hidden_TD: Tensor) -> Tensor:

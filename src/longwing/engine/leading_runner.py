@@ -39,7 +39,9 @@ class LeadingRunner(Runner):
         with self._followers.step({"op": "record"}, "record"):
             super().record_graphs()
 
-    def forward(self, batch: Sequence[Work], tokens_T: Tensor | None = None) -> Tensor:
+    def forward(
+        self, batch: Sequence[Work], tokens_T: Tensor | None = None, *, ends_only: bool = False
+    ) -> Tensor:
         """As `Runner.forward`, on every rank; tokens that no host knows go from device to device.
 
         Raises:
@@ -50,11 +52,12 @@ class LeadingRunner(Runner):
             "op": "forward",
             "works": self._mirror.write(batch),
             "on_device": tokens_T is not None,
+            "ends_only": ends_only,
         }
         with self._followers.step(message, *kind_of(batch, shape)):
             if tokens_T is not None:
                 tokens_T = self.model.group.broadcast(tokens_T.contiguous())
-            self._hidden_TD = super().forward(batch, tokens_T)
+            self._hidden_TD = super().forward(batch, tokens_T, ends_only=ends_only)
         return self._hidden_TD
 
     def logits(self, hidden_TD: Tensor, rows: Sequence[int]) -> Tensor:

@@ -8,7 +8,7 @@ dim, R rows wanted, V vocabulary, F rotary frequencies, P pages, B slots in a pa
 """
 
 from collections.abc import Sequence
-from itertools import takewhile
+from itertools import accumulate, takewhile
 from typing import Any
 
 import numpy as np
@@ -104,7 +104,9 @@ class Runner:
                 self.graphs.record(shape)
 
     @torch.inference_mode()
-    def forward(self, batch: Sequence[Work], tokens_T: Tensor | None = None) -> Tensor:
+    def forward(
+        self, batch: Sequence[Work], tokens_T: Tensor | None = None, *, ends_only: bool = False
+    ) -> Tensor:
         """Run a step: write its keys and values to the pages; (T, D) hidden states.
 
         What it returns holds until the next step.
@@ -113,10 +115,13 @@ class Runner:
             batch: the step.
             tokens_T: its tokens, int64 on the device, in place of those in `batch`: of a step that
                 is launched before the host knows what the one before it chose.
+            ends_only: of each work only the last token's are wanted, (S, D) in the batch's order;
+                so the last block does no more for the others than remember them.
         """
         shape = None if self.graphs is None else self.graphs.shape(batch)
         if self.graphs is not None and shape is not None:
-            return self.graphs.run(batch, shape, tokens_T)
+            hidden_TD = self.graphs.run(batch, shape, tokens_T)
+            return self._ends(hidden_TD, batch) if ends_only else hidden_TD
         tokens: list[int] = []
         positions: list[int] = []
         slots: list[int] = []
@@ -151,7 +156,20 @@ class Runner:
             most_context=max(context_lens),
             num_decoding=sum(1 for _ in takewhile(lambda work: len(work.token_ids) == 1, batch)),
         )
-        return self.model(known_T if tokens_T is None else tokens_T, positions_T, inputs)
+        tokens_T = known_T if tokens_T is None else tokens_T
+        if not ends_only:
+            return self.model(tokens_T, positions_T, inputs)
+        if len({work.sequence.key.adapter for work in batch}) > 1:
+            # The adapters are chosen for T tokens, from the first block to the last.
+            return self._ends(self.model(tokens_T, positions_T, inputs), batch)
+        return self.model(tokens_T, positions_T, inputs, ends_only=True)
+
+    def _ends(self, hidden_TD: Tensor, batch: Sequence[Work]) -> Tensor:
+        """(S, D): the rows of each work's last token."""
+        if len(hidden_TD) == len(batch):
+            return hidden_TD
+        past = accumulate(len(work.token_ids) for work in batch)
+        return hidden_TD[self._ints([end - 1 for end in past])]
 
     @torch.inference_mode()
     def logits(self, hidden_TD: Tensor, rows: Sequence[int]) -> Tensor:

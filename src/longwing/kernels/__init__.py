@@ -17,7 +17,7 @@ from longwing.kernels.attention import (
 from longwing.kernels.choice import attends_in_triton, chooses_triton
 from longwing.kernels.cpu import CpuWeight, DenseWeight, Int4Weight, Int8Weight
 from longwing.kernels.likeliest import Likeliest, likeliest
-from longwing.kernels.pages import KV_DTYPES, AttentionInputs, KVPages, write_kv
+from longwing.kernels.pages import KV_DTYPES, AttentionInputs, KVPages, narrowed, write_kv
 from longwing.kernels.rows import take_rows
 from longwing.kernels.streamed import StreamedWeight
 from longwing.kernels.wna16 import (
@@ -50,6 +50,7 @@ __all__ = [
     "chooses_triton",
     "dequantize",
     "likeliest",
+    "narrowed",
     "pack",
     "packed_matmul",
     "paged_attention",

@@ -1,6 +1,7 @@
 """The Triton kernels of attention over pages; `paged_triton.py` says what they are for and when.
 
 `attend_tile` takes one tile of query rows over a share of its keys; `merge_splits` adds up shares.
+Where each sequence brings one token, `attend_tile` can rotate and write what it brings, too.
 
 Shape key, on blocks: R rows of a tile (row r of a sequence is query head r % G at new token r // G,
 G query heads of a KV head), C keys of a block, X splits of a tile's keys, H head dim, padded to a
@@ -14,6 +15,7 @@ from triton.language.extra.cuda import gdc
 
 from longwing.kernels.digits_device import leave_digits
 from longwing.kernels.fused_device import arranged
+from longwing.kernels.rotate_device import load_turned, write_token
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 """exp2 is one instruction and exp is two, so scores carry this factor."""
@@ -99,10 +101,25 @@ def attend_tile(
     KEYS: tl.constexpr,
     SPLIT: tl.constexpr,
     BULK: tl.constexpr,
+    new_k_ptr=None,
+    new_v_ptr=None,
+    cos_ptr=None,
+    sin_ptr=None,
+    slots_ptr=None,
+    cached_keys_ptr=None,
+    cached_values_ptr=None,
+    new_k_token_stride=None,
+    new_k_head_stride=None,
+    new_v_token_stride=None,
+    new_v_head_stride=None,
 ):
     """One tile of rows, one KV head, one share of the keys that the tile sees.
 
     ARRANGE: what comes out is to be multiplied for many tokens (`fused_device.arranged`).
+
+    With new_k_ptr no sequence brings more than one token, and what it brings is as the projection
+    left it. Each program then turns its own rows. Those of the last share, which holds the new key,
+    each write the same key and value before they read them: no program waits for another.
     """
     # Late tokens see most: begin with them, so that no long program starts when others have ended.
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -130,7 +147,10 @@ def attend_tile(
     if WINDOW > 0:
         inside = tl.cdiv(tl.maximum(last_position - WINDOW + 1, 0), KEYS) * KEYS
         whole_from = tl.minimum(tl.maximum(begin, inside), end)
-    whole_to = tl.minimum(tl.maximum((first_position + 1) // KEYS * KEYS, whole_from), end)
+    whole_to = (first_position + 1) // KEYS * KEYS
+    if BULK and new_k_ptr is not None:  # The block just written is for threads to read.
+        whole_to = first_position // KEYS * KEYS
+    whole_to = tl.minimum(tl.maximum(whole_to, whole_from), end)
 
     table_ptr = page_tables_ptr + s.to(tl.int64) * table_stride
     first_pages = (
@@ -148,7 +168,32 @@ def attend_tile(
     head_dim_H = tl.arange(0, HEAD_BLOCK)
     there_RH = (row_R < num_rows)[:, None] & (head_dim_H < HEAD_DIM)[None, :]
     q_offset_R = (first_token + token_R).to(tl.int64) * q_token_stride + head_R * q_head_stride
-    q_RH = tl.load(q_ptr + q_offset_R[:, None] + head_dim_H[None, :], mask=there_RH, other=0.0)
+    q_ptrs = q_ptr + q_offset_R[:, None]
+    if new_k_ptr is None:
+        q_RH = tl.load(q_ptrs + head_dim_H[None, :], mask=there_RH, other=0.0)
+    else:
+        token = first_token.to(tl.int64)
+        if cos_ptr is not None:
+            cos_ptr += token * (HEAD_DIM // 2)
+            sin_ptr += token * (HEAD_DIM // 2)
+        q_RH = load_turned(q_ptrs, there_RH, cos_ptr, sin_ptr, HEAD_DIM, HEAD_BLOCK)
+        cached_keys_ptr += kv_head.to(tl.int64) * HEAD_STRIDE
+        cached_values_ptr += kv_head.to(tl.int64) * HEAD_STRIDE
+        write_token(
+            new_k_ptr + token * new_k_token_stride + kv_head * new_k_head_stride,
+            new_v_ptr + token * new_v_token_stride + kv_head * new_v_head_stride,
+            cos_ptr,
+            sin_ptr,
+            tl.load(slots_ptr + token).to(tl.int64),
+            cached_keys_ptr,
+            cached_values_ptr,
+            split == num_splits - 1,
+            PAGE_STRIDE,
+            SLOT_STRIDE,
+            HEAD_DIM,
+            HEAD_BLOCK,
+            PAGE_LEN,
+        )
     if key_scales_ptr is None and not BULK:
         q_RH = q_RH.to(keys_ptr.dtype.element_ty)
     slope_R = None
@@ -157,6 +202,9 @@ def attend_tile(
     if not BULK:
         keys_ptr += kv_head.to(tl.int64) * HEAD_STRIDE
         values_ptr += kv_head.to(tl.int64) * HEAD_STRIDE
+    near_keys_ptr, near_values_ptr = keys_ptr, values_ptr
+    if BULK and new_k_ptr is not None:
+        near_keys_ptr, near_values_ptr = cached_keys_ptr, cached_values_ptr
     if key_scales_ptr is not None:
         key_scales_ptr += kv_head
         value_scales_ptr += kv_head
@@ -186,8 +234,8 @@ def attend_tile(
                 first_pages[part],
                 kv_head,
                 last_position + 1,
-                keys_ptr,
-                values_ptr,
+                keys_ptr if part == 1 else near_keys_ptr,
+                values_ptr if part == 1 else near_values_ptr,
                 key_scales_ptr,
                 value_scales_ptr,
                 table_ptr,
@@ -201,7 +249,7 @@ def attend_tile(
                 WINDOW,
                 KEYS,
                 part != 1,
-                BULK,
+                BULK and (part == 1 or new_k_ptr is None),
             )
 
     if not SPLIT:

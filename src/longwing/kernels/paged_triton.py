@@ -1,12 +1,12 @@
 """Attention over pages as one Triton kernel: decode, verification, and prefill in chunks.
 
 The meaning is `attention.paged_attention`; this is the same on a GPU: how the work is cut, and the
-launch. The kernels are in `attend_triton.py`; rotation and the write to the pages come before and
-are in `write_triton.py`.
+launch. The kernels are in `attend_triton.py`. Rotation and the write to the pages come before and
+are in `write_triton.py`, save where a step only decodes: there they are part of it, see `NewKV`.
 
 Shape key: T packed new tokens, S sequences, P pages, B slots in a page, M pages in the longest page
 table, N query heads, K KV heads, G query heads of one KV head (N / K), H head dim, R rows of a
-tile, C keys of a block.
+tile, C keys of a block, F rotary frequencies (H / 2).
 
 The one idea: the query heads that share a KV head are further rows of the same matrix. Row r of a
 sequence is query head r % G at new token r // G, and a tile takes R rows, whatever tokens and heads
@@ -21,6 +21,7 @@ may give, so a launch can be captured in a CUDA graph and replayed for other len
 
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 import triton
@@ -71,6 +72,53 @@ class Tiling:
     max_registers: int | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class NewKV:
+    """What a step of decoding brings to the cache, as the projection left it.
+
+    Attributes:
+        k_TKH: keys, not yet turned, in q's type; the last dimension contiguous.
+        v_TKH: values, likewise.
+        cos_TF: float32, contiguous; by how much queries and keys are to be turned, None for not.
+        sin_TF: as cos_TF.
+        slots_T: where they go. A token whose slot is negative is stored nowhere.
+    """
+
+    k_TKH: Tensor
+    v_TKH: Tensor
+    cos_TF: Tensor | None
+    sin_TF: Tensor | None
+    slots_T: Tensor
+
+    def arguments(self, pages: KVPages, most_new: int | None) -> dict[str, Any]:
+        """What `attend_tile` is told, and the options that make its bits `rotate_and_write`'s.
+
+        Raises:
+            ValueError: a sequence may bring several tokens, or the cache is in 8 bits; both are
+                written by a launch of their own.
+        """
+        if most_new != 1 or pages.key_scales_PBK is not None:
+            raise ValueError(
+                f"attention writes one token a sequence, to a cache of floats; these are up to "
+                f"{most_new or 'any number'}, to {pages.keys_PBKH.dtype}: use rotate_and_write"
+            )
+        return {
+            "new_k_ptr": self.k_TKH,
+            "new_v_ptr": self.v_TKH,
+            "cos_ptr": self.cos_TF,
+            "sin_ptr": self.sin_TF,
+            "slots_ptr": self.slots_T,
+            "cached_keys_ptr": pages.keys_PBKH,
+            "cached_values_ptr": pages.values_PBKH,
+            "new_k_token_stride": self.k_TKH.stride(0),
+            "new_k_head_stride": self.k_TKH.stride(1),
+            "new_v_token_stride": self.v_TKH.stride(0),
+            "new_v_head_stride": self.v_TKH.stride(1),
+            # A fused multiply-add would round once where the reference rounds twice.
+            "enable_fp_fusion": False,
+        }
+
+
 def paged_attention(
     q_TNH: Tensor,
     pages: KVPages,
@@ -84,15 +132,17 @@ def paged_attention(
     out_TNH: Tensor | None = None,
     digits: Digits | None = None,
     arrange: bool = False,
+    new: NewKV | None = None,
 ) -> Tensor:
     """Each sequence's new tokens over its pages; (T, N, H) in q's dtype.
 
-    The keys and values of this step must have been written. Products are of the cache's number
-    type, if that is floating point, else of q's; sums are float32. Reads every key once for all
-    query heads of its KV head and up to R / G tokens. Same inputs, bounds and GPU: same bits.
+    The keys and values of this step must have been written, or be given as `new`. Products are of
+    the cache's number type, if that is floating point, else of q's; sums are float32. Reads every
+    key once for all query heads of its KV head and up to R / G tokens. Same inputs, bounds and GPU:
+    same bits.
 
     Args:
-        q_TNH: rotated queries; the last dimension contiguous.
+        q_TNH: queries, rotated unless `new` is given; the last dimension contiguous.
         pages: one layer's cache.
         inputs: the step's sequences. One that brings no token is passed over.
         spec: scale, window, ALiBi.
@@ -104,9 +154,12 @@ def paged_attention(
         digits: where the result goes a second time, for the product of a few tokens that reads it.
         arrange: a token's numbers lie in the order in which a product of many tokens takes them,
             see `wna16_triton.arranges`.
+        new: what is yet to be written, where most_new is 1. Then q is not yet rotated, either; the
+            launch rotates and writes as it attends.
 
     Raises:
         RequestError: the head dimension or the page length is none that this kernel has.
+        ValueError: `new` cannot be written so; there is no room for such digits.
     """
     T, N, H = q_TNH.shape
     page_len, K = pages.page_len, pages.keys_PBKH.shape[2]
@@ -176,6 +229,7 @@ def paged_attention(
         num_stages=tiles.num_stages,
         maxnreg=tiles.max_registers,
         **early,
+        **({} if new is None else new.arguments(pages, most_new)),
     )
     if num_splits > 1:
         splits_block = triton.next_power_of_2(num_splits)
@@ -250,7 +304,7 @@ def splits(
     if most_keys >= LONG and num_programs >= sms // 2:
         per_sm += 1  # Here bytes decide, and three programs ask for 3.1 of 4.3 TB/s.
     # A share's sums are as large as its rows are many, and so its keys should be.
-    useful = max(1, most_keys // max(MIN_SPLIT_LEN, 2 * tiles.rows))
+    useful = max(1, most_keys // max(MIN_SPLIT_LEN, tiles.rows))
     return max(1, min(sms * per_sm // num_programs, useful, MAX_SPLITS))
 
 

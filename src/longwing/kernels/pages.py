@@ -207,6 +207,8 @@ class AttentionInputs:
         most_new: no sequence brings more tokens than this, if that is known without looking.
         most_context: no context is longer than this, likewise.
         num_decoding: so many sequences, from the first, are known to bring one token each.
+        ends_S: (S,) int32, the tokens that attend, where only each sequence's last does: `ends`.
+            Queries, and sequences' shares of them, are then those S; what is written stays T.
     """
 
     starts_S1: Tensor
@@ -219,6 +221,21 @@ class AttentionInputs:
     most_new: int | None = None
     most_context: int | None = None
     num_decoding: int = 0
+    ends_S: Tensor | None = None
+
+    def ends(self) -> "AttentionInputs":
+        """The same step where all tokens are written, but only each sequence's last one attends.
+
+        That is all that is wanted of a model's last block: what it gives for the others would be
+        read by no further block. To attention it is a step of decoding. Every sequence must bring a
+        token.
+        """
+        starts_S1 = torch.arange(
+            len(self.starts_S1), dtype=torch.int32, device=self.starts_S1.device
+        )
+        return replace(
+            self, starts_S1=starts_S1, most_new=1, num_decoding=0, ends_S=self.starts_S1[1:] - 1
+        )
 
     @cached_property
     def calls(self) -> tuple["AttentionInputs", ...]:
@@ -264,6 +281,13 @@ class AttentionInputs:
     @cached_property
     def _works(self) -> dict[int | None, tuple["Batch", ...]]:
         return {}
+
+
+def narrowed(x_TX: Tensor, inputs: AttentionInputs | None) -> Tensor:
+    """The rows of the tokens that attend, (T, …) or a copy (S, …); see `AttentionInputs.ends`."""
+    if inputs is None or inputs.ends_S is None:
+        return x_TX
+    return x_TX.index_select(0, inputs.ends_S)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,6 +16,7 @@ from longwing.kernels import (
     AttentionSpec,
     attend,
     attends_in_triton,
+    narrowed,
     paged_attention,
     rotate,
     turns,
@@ -56,7 +57,10 @@ class Attention(nn.Module):
         digits: Digits | None = None,
         arrange: bool = False,
     ) -> Tensor:
-        """Returns (T, N * H); see `paged_triton.paged_attention` for `digits` and `arrange`."""
+        """Returns (T, N * H), or (S, N * H) where `AttentionInputs.ends` attend alone.
+
+        See `paged_triton.paged_attention` for `digits` and `arrange`.
+        """
         if inputs is not None and attends_in_triton(q_TNH, inputs.pages[self.layer]):
             return self._in_triton(q_TNH, k_TKH, v_TKH, rotation, inputs, digits, arrange)
         if arrange or digits is not None:  # unreachable: asked of the kernels alone
@@ -67,7 +71,7 @@ class Attention(nn.Module):
             return attend(q_TNH, k_TKH, v_TKH, self.spec).flatten(1)
         pages = inputs.pages[self.layer]
         write_kv(k_TKH, v_TKH, pages, inputs.slots_T)
-        return paged_attention(q_TNH, pages, inputs, self.spec).flatten(1)
+        return paged_attention(narrowed(q_TNH, inputs), pages, inputs, self.spec).flatten(1)
 
     def _in_triton(
         self,
@@ -79,16 +83,27 @@ class Attention(nn.Module):
         digits: Digits | None,
         arrange: bool,
     ) -> Tensor:
-        """The same in two launches, or three where few sequences have long contexts."""
+        """The same in two launches, and one more where few sequences have long contexts.
+
+        A step that only decodes is rotated and written by attention itself.
+        """
         from longwing.kernels import fused_triton, paged_triton, write_triton
 
         pages = inputs.pages[self.layer]
         cos_TF, sin_TF = (rotation.cos_TF, rotation.sin_TF) if rotation else (None, None)
-        q_TNH = write_triton.rotate_and_write(
-            q_TNH, k_TKH, v_TKH, cos_TF, sin_TF, pages, inputs.slots_T
-        )
-        out_TNH = torch.empty(q_TNH.shape, dtype=q_TNH.dtype, device=q_TNH.device)
         calls = inputs.calls
+        new = None
+        only_decodes = inputs.most_new == 1 and inputs.ends_S is None and len(calls) == 1
+        if only_decodes and pages.key_scales_PBK is None:
+            new = paged_triton.NewKV(
+                k_TKH=k_TKH, v_TKH=v_TKH, cos_TF=cos_TF, sin_TF=sin_TF, slots_T=inputs.slots_T
+            )
+        else:
+            q_TNH = write_triton.rotate_and_write(
+                q_TNH, k_TKH, v_TKH, cos_TF, sin_TF, pages, inputs.slots_T
+            )
+            q_TNH = narrowed(q_TNH, inputs)
+        out_TNH = torch.empty(q_TNH.shape, dtype=q_TNH.dtype, device=q_TNH.device)
         for call in calls:
             paged_triton.paged_attention(
                 q_TNH,
@@ -100,6 +115,7 @@ class Attention(nn.Module):
                 out_TNH=out_TNH,
                 digits=digits if len(calls) == 1 else None,
                 arrange=arrange,
+                new=new,
             )
         out_TD = out_TNH.flatten(1)
         if digits is not None and len(calls) > 1:

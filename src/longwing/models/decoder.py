@@ -64,7 +64,10 @@ class Decoder(nn.Module):
 
     @property
     def blocks(self) -> nn.ModuleList:
-        """The decoder blocks, in order; each maps (hidden_TD, rotation, inputs) to hidden_TD."""
+        """The decoder blocks, in order; each maps (hidden_TD, rotation, inputs) to hidden_TD.
+
+        Where inputs say that only the ends attend, to theirs: (T, D) to (S, D).
+        """
         return self.get_submodule(self.BLOCKS)  # type: ignore[return-value]
 
     @property
@@ -99,7 +102,12 @@ class Decoder(nn.Module):
                 yield name, module
 
     def forward(
-        self, tokens_T: Tensor, positions_T: Tensor, inputs: AttentionInputs | None = None
+        self,
+        tokens_T: Tensor,
+        positions_T: Tensor,
+        inputs: AttentionInputs | None = None,
+        *,
+        ends_only: bool = False,
     ) -> Tensor:
         """Hidden states after the final norm.
 
@@ -107,14 +115,23 @@ class Decoder(nn.Module):
             tokens_T: (T,) token ids, sequence after sequence.
             positions_T: (T,) each token's place in its own sequence.
             inputs: the sequences and their pages; None means one sequence, causal, without a cache.
+            ends_only: only each sequence's last token is wanted, (S, D). Of the others the last
+                block makes keys and values, and no more: a prompt takes less by what attention, its
+                way out and the MLP take in one block. Not where adapters differ between tokens.
 
         Returns:
             hidden_TD in the weights' dtype.
         """
+        if ends_only and inputs is None:
+            raise ValueError("which tokens are sequences' last is known from inputs alone")
         hidden_TD = self.embedding(tokens_T)
         rotation = self.rotation(positions_T, inputs)
-        for block in self.blocks:
+        *earlier, last = self.blocks
+        for block in earlier:
             hidden_TD = block(hidden_TD, rotation, inputs)
+        if ends_only and inputs is not None and len(tokens_T) > len(inputs.context_lens_S):
+            inputs = inputs.ends()
+        hidden_TD = last(hidden_TD, rotation, inputs)
         norm = self.get_submodule(self.NORM)
         return norm(hidden_TD)
 

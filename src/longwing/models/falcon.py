@@ -13,7 +13,7 @@ triple: one split serves all. (transformers 5.23, models/falcon/modeling_falcon.
 
 from torch import Tensor, nn
 
-from longwing.kernels import AttentionInputs, AttentionSpec, alibi_slopes
+from longwing.kernels import AttentionInputs, AttentionSpec, alibi_slopes, narrowed
 from longwing.layers import Attention, Embedding, Linear, Rotation, activation
 from longwing.models.config import ModelConfig
 from longwing.models.decoder import Decoder, Stage
@@ -61,18 +61,20 @@ class FalconBlock(nn.Module):
     def forward(
         self, hidden_TD: Tensor, rotation: Rotation | None, inputs: AttentionInputs | None
     ) -> Tensor:
-        """(T, D) -> (T, D)."""
+        """(T, D) -> (T, D), or (S, D) of the tokens that attend."""
+        residual_TD = narrowed(hidden_TD, inputs)
         if not self.parallel:
             attended_TD = self.self_attention(self.input_layernorm(hidden_TD), rotation, inputs)
-            hidden_TD = hidden_TD + self.group.all_reduce(attended_TD)
+            hidden_TD = residual_TD + self.group.all_reduce(attended_TD)
             mlp_TD = self.mlp(self.post_attention_layernorm(hidden_TD))
             return hidden_TD + self.group.all_reduce(mlp_TD)
         if self.shared_norm:
-            for_attention_TD = for_mlp_TD = self.input_layernorm(hidden_TD)
+            for_attention_TD = self.input_layernorm(hidden_TD)
+            for_mlp_TD = narrowed(for_attention_TD, inputs)
         else:
-            for_attention_TD, for_mlp_TD = self.ln_attn(hidden_TD), self.ln_mlp(hidden_TD)
+            for_attention_TD, for_mlp_TD = self.ln_attn(hidden_TD), self.ln_mlp(residual_TD)
         attended_TD = self.self_attention(for_attention_TD, rotation, inputs)
-        return hidden_TD + self.group.all_reduce(self.mlp(for_mlp_TD) + attended_TD)
+        return residual_TD + self.group.all_reduce(self.mlp(for_mlp_TD) + attended_TD)
 
 
 class FalconAttention(nn.Module):
@@ -98,7 +100,7 @@ class FalconAttention(nn.Module):
     def forward(
         self, x_TD: Tensor, rotation: Rotation | None, inputs: AttentionInputs | None
     ) -> Tensor:
-        """(T, D) -> (T, D)."""
+        """(T, D) -> (T, D), or (S, D) of the tokens that attend."""
         groups = self.query_key_value(x_TD).unflatten(-1, (-1, self.group_heads, self.head_dim))
         q_TNH = groups[:, :, :-2].flatten(1, 2)
         k_TKH, v_TKH = groups[:, :, -2], groups[:, :, -1]

@@ -8,7 +8,7 @@ Shape key: T packed tokens, D model dim, N query heads, K KV heads, H head dim.
 
 from torch import Tensor, nn
 
-from longwing.kernels import AttentionInputs, AttentionSpec
+from longwing.kernels import AttentionInputs, AttentionSpec, narrowed
 from longwing.layers import Attention, Embedding, Linear, RMSNorm, Rotation, activation
 from longwing.models.config import ModelConfig
 from longwing.models.decoder import Decoder
@@ -53,9 +53,9 @@ class LlamaBlock(nn.Module):
     def forward(
         self, hidden_TD: Tensor, rotation: Rotation | None, inputs: AttentionInputs | None
     ) -> Tensor:
-        """(T, D) -> (T, D)."""
+        """(T, D) -> (T, D), or (S, D) of the tokens that attend."""
         attended_TD = self.self_attn(self.input_layernorm(hidden_TD), rotation, inputs)
-        hidden_TD = hidden_TD + self.group.all_reduce(attended_TD)
+        hidden_TD = narrowed(hidden_TD, inputs) + self.group.all_reduce(attended_TD)
         mlp_TD = self.mlp(self.post_attention_layernorm(hidden_TD))
         return hidden_TD + self.group.all_reduce(mlp_TD)
 
@@ -82,7 +82,7 @@ class LlamaAttention(nn.Module):
     def forward(
         self, x_TD: Tensor, rotation: Rotation | None, inputs: AttentionInputs | None
     ) -> Tensor:
-        """(T, D) -> (T, D)."""
+        """(T, D) -> (T, D), or (S, D) of the tokens that attend."""
         q_TNH, k_TKH, v_TKH = (
             projection(x_TD).unflatten(-1, (-1, self.head_dim))
             for projection in (self.q_proj, self.k_proj, self.v_proj)

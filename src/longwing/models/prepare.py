@@ -28,6 +28,7 @@ from longwing.kernels import (
     PackedWeight,
     StreamedWeight,
     dequantize,
+    narrowed,
     paired,
     turn,
 )
@@ -180,7 +181,7 @@ class FastLlamaBlock(nn.Module):
     def forward(
         self, hidden_TD: Tensor, rotation: Rotation | None, inputs: AttentionInputs | None
     ) -> Tensor:
-        """(T, D) -> (T, D), written over what is given."""
+        """(T, D) -> (T, D), written over what is given; or (S, D) of the tokens that attend."""
         if rotation is None:  # unreachable: every Llama has rotary positions
             raise RuntimeError("a Llama block needs a rotation")
         qkv_TO = self.qkv.matmul(self.attention_norm(hidden_TD)).float()
@@ -190,6 +191,7 @@ class FastLlamaBlock(nn.Module):
         q_TNH, k_TKH = turned_TNH[:, : self.num_heads], turned_TNH[:, self.num_heads :]
         v_TKH = v_TO.view(T, -1, H)
         attended_TD = self.attention.forward(q_TNH, k_TKH, v_TKH, None, inputs)
+        hidden_TD = narrowed(hidden_TD, inputs)
         hidden_TD += self.group.all_reduce(self.out.matmul(attended_TD))
         gate_TF, up_TF = self.gate_up.matmul(self.mlp_norm(hidden_TD)).chunk(2, 1)
         hidden_TD += self.group.all_reduce(self.down.matmul(self.act(gate_TF).mul_(up_TF)))

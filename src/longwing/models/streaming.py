@@ -20,6 +20,7 @@ digits by what made it (`kernels/digits.py`).
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -29,9 +30,10 @@ from longwing.kernels import (
     AttentionInputs,
     attends_in_triton,
     chooses_triton,
+    narrowed,
 )
 from longwing.kernels.digits import Activations, Digits
-from longwing.kernels.norm_fold import FoldedNorm
+from longwing.kernels.norm_fold import FoldedNorm, Scaled
 from longwing.kernels.streamed import fits, stackable, stream
 from longwing.kernels.wna16_cut import ParallelBlock
 from longwing.layers import Attention, Linear, Rotation
@@ -151,12 +153,14 @@ class StreamedFalconBlock(nn.Module):
     def forward(
         self, hidden_TD: Tensor, rotation: Rotation | None, inputs: AttentionInputs | None
     ) -> Tensor:
-        """(T, D) -> (T, D), written over what is given."""
+        """(T, D) -> (T, D), written over what is given; or (S, D) of the tokens that attend."""
         if self.parallel:
             return self._parallel(hidden_TD, rotation, inputs)
+        normed_TD = self.norm(hidden_TD, digits=self.qkv.takes_digits(len(hidden_TD)))
+        qkv_TO = self.qkv(normed_TD)
+        hidden_TD = narrowed(hidden_TD, inputs)
         T = len(hidden_TD)
-        normed_TD = self.norm(hidden_TD, digits=self.qkv.takes_digits(T))
-        attended_TD, digits, arranged = self._attend(self.qkv(normed_TD), rotation, inputs)
+        attended_TD, digits, arranged = self._attend(qkv_TO, rotation, inputs, T)
         _add_product(
             hidden_TD, self.attention_out, digits or attended_TD, self.group, arranged=arranged
         )
@@ -171,20 +175,14 @@ class StreamedFalconBlock(nn.Module):
         """Attention on one branch, the MLP on the other; both end in one sum."""
         from longwing.kernels import wna16_triton
 
+        normed = self._normed(hidden_TD, None if self.incoming is None else self.incoming.take())
+        for_mlp = normed
+        if inputs is not None and inputs.ends_S is not None:
+            hidden_TD = narrowed(hidden_TD, inputs)
+            for_mlp = self._normed(hidden_TD, None)
         T = len(hidden_TD)
         outs = (self.attention_out.weight, self.mlp_out.weight)
-        scaled = None if self.incoming is None else self.incoming.take()
-        folded: tuple[FoldedNorm | None, FoldedNorm | None] = (None, None)
-        normed = scaled is None and self.qkv.arranges(T) and self.up.arranges(T)
         activated = self.mlp_out.arranges(T) and self.up.added is None
-        if scaled is None:
-            by_digits = self.qkv.takes_digits(T) and self.up.takes_digits(T)
-            for_attention_TD, for_mlp_TD = self.norm.both(
-                hidden_TD, arrange=normed, digits=by_digits
-            )
-        else:
-            for_attention_TD, for_mlp_TD = scaled.digits[0], scaled.digits[-1]
-            folded = self.qkv.folded(scaled), self.up.folded(scaled)
         alone = self.group.size == 1
         # Ranks add up what they have before the residual, which each has whole.
         sum_TD = hidden_TD if alone else torch.empty_like(hidden_TD)
@@ -200,13 +198,13 @@ class StreamedFalconBlock(nn.Module):
 
         def mlp() -> None:
             self.up(
-                for_mlp_TD,
-                norm=folded[1],
+                for_mlp.mlp_TD,
+                norm=for_mlp.mlp_norm,
                 act=self.act,
                 out_TO=up_TF,
                 beside=self.shares.mlp_in,
                 digits=up_digits,
-                arranged=normed,
+                arranged=for_mlp.arranged,
                 arrange=activated,
             )
             total.add(1, up_digits or up_TF, arranged=activated)
@@ -215,9 +213,12 @@ class StreamedFalconBlock(nn.Module):
             side = Branch(hidden_TD.device)
             side.run(mlp)
             qkv_TO = self.qkv(
-                for_attention_TD, norm=folded[0], beside=self.shares.attention_in, arranged=normed
+                normed.attention_TD,
+                norm=normed.attention_norm,
+                beside=self.shares.attention_in,
+                arranged=normed.arranged,
             )
-            attended_TD, digits, attended = self._attend(qkv_TO, rotation, inputs)
+            attended_TD, digits, attended = self._attend(qkv_TO, rotation, inputs, T)
             total.add(0, digits or attended_TD, arranged=attended)
             side.join()
         self.attention_out.finished(sum_TD, attended_TD)
@@ -226,6 +227,21 @@ class StreamedFalconBlock(nn.Module):
         if self.outgoing is not None:
             self.outgoing.scaled = scaled
         return hidden_TD
+
+    def _normed(self, hidden_TD: Tensor, scaled: Scaled | None) -> "_Normed":
+        """What both branches read; if the block before has left it, there is nothing to launch."""
+        if scaled is not None:
+            return _Normed(
+                attention_TD=scaled.digits[0],
+                mlp_TD=scaled.digits[-1],
+                attention_norm=self.qkv.folded(scaled),
+                mlp_norm=self.up.folded(scaled),
+            )
+        T = len(hidden_TD)
+        arranged = self.qkv.arranges(T) and self.up.arranges(T)
+        by_digits = self.qkv.takes_digits(T) and self.up.takes_digits(T)
+        attention_TD, mlp_TD = self.norm.both(hidden_TD, arrange=arranged, digits=by_digits)
+        return _Normed(attention_TD=attention_TD, mlp_TD=mlp_TD, arranged=arranged)
 
     def _norms_that_follow(self, num_tokens: int) -> Sequence[Tensor]:
         """Weights of the next block's norms, where the end of this one's sum is to fold them in."""
@@ -249,15 +265,19 @@ class StreamedFalconBlock(nn.Module):
         qkv_TO: Tensor,
         rotation: Rotation | None,
         inputs: AttentionInputs | None,
+        num_tokens: int,
     ) -> tuple[Tensor, Digits | None, bool]:
-        """Attention's (T, D), the same as digits if there are any, and whether it is arranged."""
-        T = len(qkv_TO)
+        """Attention's rows, the same as digits if there are any, and whether they are arranged.
+
+        There are num_tokens of them: those that attend.
+        """
         heads_TXH = qkv_TO.unflatten(-1, (-1, self.head_dim))
         heads = heads_TXH.split(self.heads, 1)
-        digits = _attention_digits(self.attention, self.attention_out, heads[0], inputs)
+        out = self.attention_out
+        digits = _attention_digits(self.attention, out, heads[0], inputs, num_tokens)
         arrange = (
             inputs is not None
-            and self.attention_out.arranges(T)
+            and out.arranges(num_tokens)
             and attends_in_triton(heads_TXH, inputs.pages[self.attention.layer])
         )
         attended_TD = self.attention(*heads, rotation, inputs, digits=digits, arrange=arrange)
@@ -284,15 +304,17 @@ class StreamedLlamaBlock(nn.Module):
     def forward(
         self, hidden_TD: Tensor, rotation: Rotation | None, inputs: AttentionInputs | None
     ) -> Tensor:
-        """(T, D) -> (T, D), written over what is given."""
+        """(T, D) -> (T, D), written over what is given; or (S, D) of the tokens that attend."""
         from longwing.kernels import fused_triton
 
-        T = len(hidden_TD)
-        normed_TD = self.attention_norm(hidden_TD, digits=_take_digits(self.qkv, T))
+        by_digits = _take_digits(self.qkv, len(hidden_TD))
+        normed_TD = self.attention_norm(hidden_TD, digits=by_digits)
         q_TNH, k_TKH, v_TKH = (
             x_TO.unflatten(-1, (-1, self.head_dim)) for x_TO in _each(self.qkv, normed_TD)
         )
-        digits = _attention_digits(self.attention, self.attention_out, q_TNH, inputs)
+        hidden_TD = narrowed(hidden_TD, inputs)
+        T = len(hidden_TD)
+        digits = _attention_digits(self.attention, self.attention_out, q_TNH, inputs, T)
         attended_TD = self.attention(q_TNH, k_TKH, v_TKH, rotation, inputs, digits=digits)
         _add_product(hidden_TD, self.attention_out, digits or attended_TD, self.group)
         normed_TD = self.mlp_norm(hidden_TD, digits=_take_digits(self.gate_up, T))
@@ -301,6 +323,25 @@ class StreamedLlamaBlock(nn.Module):
         gated = fused_triton.gated_digits if by_digits else fused_triton.gated
         gated_TF: Activations = gated(gate_TF, up_TF, self.act)
         return _add_product(hidden_TD, self.mlp_out, gated_TF, self.group)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Normed:
+    """What the branches of a parallel block read, and what is still to be done to it.
+
+    Attributes:
+        attention_TD: for attention.
+        mlp_TD: for the MLP.
+        attention_norm: the norm that its product has to finish; None if it is done.
+        mlp_norm: as attention_norm.
+        arranged: whether both lie in the order of a product of many tokens.
+    """
+
+    attention_TD: Activations
+    mlp_TD: Activations
+    attention_norm: FoldedNorm | None = None
+    mlp_norm: FoldedNorm | None = None
+    arranged: bool = False
 
 
 def _queries_first(num_kv_heads: int, group: int, H: int) -> tuple[Tensor, tuple[int, int, int]]:
@@ -320,15 +361,19 @@ def _sum_of_biases(one: StreamedLinear, other: StreamedLinear) -> Tensor | None:
 
 
 def _attention_digits(
-    attention: Attention, out: StreamedLinear, q_TNH: Tensor, inputs: AttentionInputs | None
+    attention: Attention,
+    out: StreamedLinear,
+    q_TNH: Tensor,
+    inputs: AttentionInputs | None,
+    num_tokens: int,
 ) -> Digits | None:
     """Room for what attention gives as digits, if it can leave them and the product takes them."""
-    T, N, H = q_TNH.shape
-    if inputs is None or not out.takes_digits(T):
+    _, N, H = q_TNH.shape
+    if inputs is None or not out.takes_digits(num_tokens):
         return None
     if not attends_in_triton(q_TNH, inputs.pages[attention.layer]):
         return None
-    return Digits.room(T, N * H, q_TNH.dtype, q_TNH.device)
+    return Digits.room(num_tokens, N * H, q_TNH.dtype, q_TNH.device)
 
 
 def _add_product(

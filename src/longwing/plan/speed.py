@@ -46,20 +46,25 @@ def prefill_flops(config: ModelConfig, tokens: int) -> int:
     """Operations that reading a prompt takes, two for each multiply-add.
 
     Every weight of the blocks for every token, the head for the last alone; and in each layer, for
-    each query head, a key and a value for every pair of tokens of which one sees the other. Norms,
+    each query head, a key and a value for every pair of tokens of which one sees the other. Of the
+    last block only keys and values are wanted for every token, the rest for the last. Norms,
     rotations and activation functions are left out.
     """
     model = empty_model(config)
     blocks = sum(linear.in_features * linear.out_features for _, linear in block_linears(model))
     head = model.lm_head.in_features * model.lm_head.out_features
-    return 2 * (blocks * tokens + head) + attention_flops(config, tokens)
+    kv = 2 * config.hidden_size * config.num_kv_heads * config.head_dim
+    spared = (blocks // config.num_layers - kv) * (tokens - 1)
+    return 2 * (blocks * tokens - spared + head) + attention_flops(config, tokens)
 
 
 def attention_flops(config: ModelConfig, tokens: int) -> int:
     """Of `prefill_flops`, what attention takes: it grows with the square of the prompt."""
     # (T T + T) / 2 pairs in a whole triangle; under a window W the rows beyond it see W each.
-    seen = (tokens if window is None else min(window, tokens) for window in config.windows)
-    pairs = sum(W * (W + 1) // 2 + (tokens - W) * W for W in seen)
+    *earlier, last = (
+        tokens if window is None else min(window, tokens) for window in config.windows
+    )
+    pairs = sum(W * (W + 1) // 2 + (tokens - W) * W for W in earlier) + last
     return 4 * config.num_heads * config.head_dim * pairs
 
 
