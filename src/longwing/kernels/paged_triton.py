@@ -35,16 +35,13 @@ from longwing.kernels.digits import BLOCK, Digits
 from longwing.kernels.fused_triton import as_digits
 from longwing.kernels.pages import AttentionInputs, KVPages
 
-MIN_SPLIT_LEN = 64
-"""Keys that a program should at least have to itself, or merging costs more than it saves."""
-
 LONG = 8192
 """Keys from which on a batch's attention is bound by their bytes."""
 
 MAX_SPLITS = 64
 """As many as the merge holds in registers at once."""
 
-MERGE = 4096
+MERGE = 2048
 """Numbers that a program of the merge holds at once, unless one row has more."""
 
 
@@ -277,9 +274,13 @@ def tiling(rows: int, head_dim: int, page_len: int, dtype: torch.dtype) -> Tilin
         tile = max(16, triton.next_power_of_2(rows))
         if dtype == torch.int8:  # Turning integers into numbers takes time that others can use.
             return Tiling(rows=tile, keys=keys, num_warps=2, num_stages=3, programs_per_sm=4)
+        if size == 1 and tile == 16 and page_len % 128 == 0:
+            return Tiling(rows=tile, keys=128, num_warps=4, num_stages=2)
         return Tiling(rows=tile, keys=keys, num_warps=4, num_stages=3)
     if rows <= 256:
-        return Tiling(rows=64, keys=keys, num_warps=4, num_stages=3, bulk=True)
+        # Beside the products of a block a program with three stages would wait for room.
+        stages = 2 if size == 1 else 3
+        return Tiling(rows=64, keys=keys, num_warps=4, num_stages=stages, bulk=True)
     # The copy engine fetches heads of a power of two of 16-bit numbers.
     bulk = head_dim.bit_count() == 1 and dtype.is_floating_point and dtype.itemsize == 2
     if size == 1 and bulk and page_len % 128 == 0:
@@ -303,8 +304,8 @@ def splits(
     per_sm, sms = tiles.programs_per_sm, num_sms(device)
     if most_keys >= LONG and num_programs >= sms // 2:
         per_sm += 1  # Here bytes decide, and three programs ask for 3.1 of 4.3 TB/s.
-    # A share's sums are as large as its rows are many, and so its keys should be.
-    useful = max(1, most_keys // max(MIN_SPLIT_LEN, tiles.rows))
+    # A share's sums are as large as its rows are many, and so its keys should be; a block, at least.
+    useful = max(1, most_keys // max(tiles.keys, tiles.rows))
     return max(1, min(sms * per_sm // num_programs, useful, MAX_SPLITS))
 
 

@@ -34,10 +34,12 @@ class Borders:
     Attributes:
         lengths: tokens of each.
         starts_S1: (S + 1,) int32 on the device: the first token of each, and the row's end.
+        ends_S: None, as in `AttentionInputs` where every token attends: all of them are learnt of.
     """
 
     lengths: tuple[int, ...]
     starts_S1: Tensor
+    ends_S: None = None
 
     @classmethod
     def of(cls, lengths: tuple[int, ...], device: torch.device) -> "Borders":
