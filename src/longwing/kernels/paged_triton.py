@@ -304,7 +304,7 @@ def splits(
     per_sm, sms = tiles.programs_per_sm, num_sms(device)
     if most_keys >= LONG and num_programs >= sms // 2:
         per_sm += 1  # Here bytes decide, and three programs ask for 3.1 of 4.3 TB/s.
-    # A share's sums are as large as its rows are many, and so its keys should be; a block, at least.
+    # A share's sums are as large as its rows are many, and so its keys should be.
     useful = max(1, most_keys // max(tiles.keys, tiles.rows))
     return max(1, min(sms * per_sm // num_programs, useful, MAX_SPLITS))
 
