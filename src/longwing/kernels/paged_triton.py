@@ -173,7 +173,7 @@ def paged_attention(
     if most_context is None:
         most_context = inputs.page_tables_SM.shape[1] * page_len
     most_rows = (T if most_new is None else most_new) * group
-    tiles = tiles or tiling(most_rows, H, page_len, pages.keys_PBKH.dtype)
+    tiles = tiles or tiling(most_rows, H, page_len, pages.keys_PBKH.dtype, alone=S == 1)
     tiles_each = 0 if most_new is None else triton.cdiv(most_new * group, tiles.rows)
     # Where lengths are unknown, sequence s is given a tile more than its share: `_place`.
     num_tiles = S * tiles_each or T * group // tiles.rows + S
@@ -261,8 +261,10 @@ def _in_blocks(group: int, num_kv_heads: int, H: int) -> bool:
     return H.bit_count() == 1 and fit and (num_kv_heads == 1 or group * H % BLOCK == 0)
 
 
-def tiling(rows: int, head_dim: int, page_len: int, dtype: torch.dtype) -> Tiling:
-    """The cut for sequences that bring up to so many rows (new tokens times G).
+def tiling(
+    rows: int, head_dim: int, page_len: int, dtype: torch.dtype, *, alone: bool = False
+) -> Tiling:
+    """The cut for sequences that bring up to so many rows (new tokens times G), or for one alone.
 
     Few rows: memory decides, and what counts is bytes on their way. Many: the matrix units and exp2
     do, and several programs on a multiprocessor let one's exp2 run beside another's products; there
@@ -278,8 +280,9 @@ def tiling(rows: int, head_dim: int, page_len: int, dtype: torch.dtype) -> Tilin
             return Tiling(rows=tile, keys=128, num_warps=4, num_stages=2)
         return Tiling(rows=tile, keys=keys, num_warps=4, num_stages=3)
     if rows <= 256:
-        # Beside the products of a block a program with three stages would wait for room.
-        stages = 2 if size == 1 else 3
+        # One sequence's few programs run beside a block's products, where three stages would have
+        # to wait for room; many sequences' programs are bound by how much is on its way.
+        stages = 2 if alone and size == 1 else 3
         return Tiling(rows=64, keys=keys, num_warps=4, num_stages=stages, bulk=True)
     # The copy engine fetches heads of a power of two of 16-bit numbers.
     bulk = head_dim.bit_count() == 1 and dtype.is_floating_point and dtype.itemsize == 2
