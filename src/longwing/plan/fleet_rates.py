@@ -60,8 +60,8 @@ MATMUL_SHARE: Mapping[int, float] = {
     8: 0.71,
     16: 0.60,
     32: 0.50,
-    64: 0.475,
-    128: 0.51,
+    64: 0.45,
+    128: 0.485,
     256: 0.53,
     512: 0.59,
     2048: 0.79,
@@ -72,7 +72,7 @@ H200, Falcon-40B's shapes, 4 bits in groups of 128; sum of the four over the sum
 (4.3 TB/s, 790 TFLOP/s). `bench/results/kernels.jsonl`.
 """
 
-DENSE_MATMUL_SHARE: Mapping[int, float] = {1: 0.92, 64: 0.89, 128: 0.86, 512: 0.92, 2048: 0.89}
+DENSE_MATMUL_SHARE: Mapping[int, float] = {1: 0.97, 64: 0.89, 128: 0.86, 512: 0.92, 2048: 0.89}
 """The same for bfloat16 weights through cuBLAS; the output head is such a product."""
 
 ATTENTION_S = 8e-6
