@@ -14,7 +14,9 @@ from longwing.checkpoint.adapter import Adapter, AdapterConfig
 from longwing.layers.lora import AdapterChoice, LoRALinear, adaptable, attach
 from longwing.models import Decoder, load_model
 from longwing.models.prepare import FastLlamaBlock, prepare, weight_bytes
-from longwing.models.streaming import StreamedFalconBlock, StreamedLlamaBlock, stream_weights
+from longwing.models.streamed_falcon import StreamedFalconBlock
+from longwing.models.streamed_llama import StreamedLlamaBlock
+from longwing.models.streaming import stream_weights
 from tiny import COMMON
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -14,7 +14,9 @@ from longwing.engine.generator import Generator
 from longwing.models import load_model, streamed_linear
 from longwing.models.llama import LlamaBlock
 from longwing.models.prepare import weight_bytes
-from longwing.models.streaming import StreamedFalconBlock, StreamedLlamaBlock, stream_weights
+from longwing.models.streamed_falcon import StreamedFalconBlock
+from longwing.models.streamed_llama import StreamedLlamaBlock
+from longwing.models.streaming import stream_weights
 from longwing.tokenizer import Tokenizer
 from tiny import COMMON, write_tokenizer
 

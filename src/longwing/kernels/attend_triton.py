@@ -1,11 +1,10 @@
-"""The Triton kernels of attention over pages; `paged_triton.py` says what they are for and when.
+"""The Triton kernel of attention over pages; `paged_triton.py` says what it is for and when.
 
-`attend_tile` takes one tile of query rows over a share of its keys; `merge_splits` adds up shares.
-Where each sequence brings one token, `attend_tile` can rotate and write what it brings, too.
+`attend_tile` takes one tile of query rows over a share of its keys; shares are added up by
+`merge_triton.py`. Where each sequence brings one token, it can rotate and write what that brings.
 
-Shape key, on blocks: R rows of a tile (row r of a sequence is query head r % G at new token r // G,
-G query heads of a KV head), C keys of a block, X splits of a tile's keys, H head dim, padded to a
-power of two.
+Shape key, on blocks: R rows of a tile (`tile_device.py`), C keys of a block, H head dim, padded to
+a power of two.
 """
 # mypy: disable-error-code="untyped-decorator, no-untyped-def, no-untyped-call"
 
@@ -13,57 +12,11 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc
 
-from longwing.kernels.digits_device import leave_digits
-from longwing.kernels.fused_device import arranged
 from longwing.kernels.rotate_device import load_turned, write_token
+from longwing.kernels.tile_device import place, places
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 """exp2 is one instruction and exp is two, so scores carry this factor."""
-
-
-@triton.jit
-def _place(
-    tile,
-    starts_ptr,
-    context_lens_ptr,
-    num_sequences,
-    tiles_each,
-    GROUP: tl.constexpr,
-    ROWS: tl.constexpr,
-):
-    """Whose tile this is: (sequence, its first token, tokens before the new, rows, first row).
-
-    Where every sequence has as many tiles, that is a division. Else sequence s gets the tiles from
-    starts[s] * G // R + s on: at least as many as it needs, and nobody had to count.
-    """
-    if tiles_each > 0:
-        s = tile // tiles_each
-        first_tile = s * tiles_each
-    else:
-        s, after = tile * 0, num_sequences
-        while after - s > 1:
-            middle = (s + after) // 2
-            if tl.load(starts_ptr + middle) * GROUP // ROWS + middle <= tile:
-                s = middle
-            else:
-                after = middle
-        first_tile = tl.load(starts_ptr + s) * GROUP // ROWS + s
-    first_token = tl.load(starts_ptr + s)
-    num_new = tl.load(starts_ptr + s + 1) - first_token
-    num_before = tl.load(context_lens_ptr + s) - num_new
-    return s, first_token, num_before, num_new * GROUP, (tile - first_tile) * ROWS
-
-
-@triton.jit
-def _places(head_R, head_dim_H, HEAD_DIM: tl.constexpr, ARRANGE: tl.constexpr):
-    """Where in a token's numbers those of its heads lie."""
-    first_R1 = (head_R * HEAD_DIM)[:, None]
-    if not ARRANGE:
-        return first_R1 + head_dim_H[None, :]
-    elif HEAD_DIM % 32 == 0:  # what changes places stays in its head
-        return first_R1 + arranged(head_dim_H)[None, :]
-    else:
-        return arranged(first_R1 + head_dim_H[None, :])
 
 
 @triton.jit(do_not_specialize=["num_sequences", "tiles_each", "out_token_stride", "table_stride"])
@@ -124,7 +77,7 @@ def attend_tile(
     # Late tokens see most: begin with them, so that no long program starts when others have ended.
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     kv_head, split, num_splits = tl.program_id(1), tl.program_id(2), tl.num_programs(2)
-    s, first_token, num_before, num_rows, first_row = _place(
+    s, first_token, num_before, num_rows, first_row = place(
         tile, starts_ptr, context_lens_ptr, num_sequences, tiles_each, GROUP, ROWS
     )
     if first_row >= num_rows:
@@ -256,7 +209,7 @@ def attend_tile(
         total_R = tl.where(row_R < num_rows, total_R, 1.0)  # A row that is none may have seen none.
         out_RH = sum_RH / total_R[:, None]
         out_offset_R = (first_token + token_R).to(tl.int64) * out_token_stride
-        place_RH = _places(head_R, head_dim_H, HEAD_DIM, ARRANGE)
+        place_RH = places(head_R, head_dim_H, HEAD_DIM, ARRANGE)
         out_ptrs = out_ptr + out_offset_R[:, None] + place_RH
         tl.store(out_ptrs, out_RH.to(out_ptr.dtype.element_ty), mask=there_RH)
     else:
@@ -385,76 +338,3 @@ def _bfloat16_value(x):
     bits = x.to(tl.int32, bitcast=True)
     bits += 0x7FFF + ((bits >> 16) & 1)
     return (bits & -65536).to(tl.float32, bitcast=True)
-
-
-@triton.jit(
-    do_not_specialize=["num_sequences", "tiles_each", "out_token_stride", "num_splits", "T"]
-)
-def merge_splits(
-    out_ptr,
-    digits_ptr,
-    steps_ptr,
-    scratch_ptr,
-    starts_ptr,
-    context_lens_ptr,
-    num_sequences,
-    tiles_each,
-    out_token_stride,
-    num_splits,
-    T,
-    K: tl.constexpr,
-    GROUP: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    HEAD_BLOCK: tl.constexpr,
-    ROWS: tl.constexpr,
-    EARLY: tl.constexpr,
-    ARRANGE: tl.constexpr,
-    SPLITS: tl.constexpr,
-    MERGED_ROWS: tl.constexpr,
-):
-    """Some rows of a tile: the splits' sums, brought to one peak and added, over their totals.
-
-    With digits_ptr a sequence has one new token, its rows are whole blocks of 128 numbers, and they
-    go to `Digits` of T tokens, too.
-    """
-    tile, kv_head = tl.program_id(0), tl.program_id(1)
-    _, first_token, _, num_rows, first_row = _place(
-        tile, starts_ptr, context_lens_ptr, num_sequences, tiles_each, GROUP, ROWS
-    )
-    row_in_tile_R = tl.program_id(2) * MERGED_ROWS + tl.arange(0, MERGED_ROWS)
-    row_R = first_row + row_in_tile_R
-    if EARLY:
-        gdc.gdc_wait()
-    split_X = tl.arange(0, SPLITS)
-    head_dim_H = tl.arange(0, HEAD_BLOCK)
-    num_programs = tl.num_programs(0) * K * num_splits
-    first_in_scratch_X = ((tile * K + kv_head) * num_splits + split_X) * ROWS
-    in_scratch_XR = first_in_scratch_X[:, None] + row_in_tile_R[None, :]
-    there_XR = (split_X < num_splits)[:, None] & (row_R < num_rows)[None, :]
-    totals_ptr = scratch_ptr + num_programs.to(tl.int64) * ROWS * HEAD_DIM
-    peaks_ptr = totals_ptr + num_programs * ROWS
-    total_XR = tl.load(totals_ptr + in_scratch_XR, mask=there_XR, other=0.0)
-    peak_XR = tl.load(peaks_ptr + in_scratch_XR, mask=there_XR, other=float("-inf"))
-    sums_ptrs = scratch_ptr + in_scratch_XR.to(tl.int64)[:, :, None] * HEAD_DIM
-    there_XRH = there_XR[:, :, None] & (head_dim_H < HEAD_DIM)[None, None, :]
-    sum_XRH = tl.load(sums_ptrs + head_dim_H[None, None, :], mask=there_XRH, other=0.0)
-    # A split whose keys were all hidden from a row has peak -inf, and so a share of 0.
-    is_row_R = row_R < num_rows
-    peak_R = tl.where(is_row_R, tl.max(peak_XR, 0), 0.0)
-    share_XR = tl.exp2(peak_XR - peak_R[None, :])
-    total_R = tl.where(is_row_R, tl.sum(total_XR * share_XR, 0), 1.0)
-    out_RH = tl.sum(sum_XRH * share_XR[:, :, None], 0) / total_R[:, None]
-    out_offset_R = (first_token + row_R // GROUP).to(tl.int64) * out_token_stride
-    head_R = kv_head * GROUP + row_R % GROUP
-    place_RH = _places(head_R, head_dim_H, HEAD_DIM, ARRANGE)
-    out_ptrs = out_ptr + out_offset_R[:, None] + place_RH
-    there_RH = is_row_R[:, None] & (head_dim_H < HEAD_DIM)[None, :]
-    rounded_RH = out_RH.to(out_ptr.dtype.element_ty)
-    tl.store(out_ptrs, rounded_RH, mask=there_RH)
-    if digits_ptr is not None:
-        blocks: tl.constexpr = MERGED_ROWS * HEAD_DIM // 128
-        x = tl.where(there_RH, rounded_RH.to(tl.float32), 0.0).reshape(blocks, 128)
-        last_B = tl.max(tl.where(there_RH, place_RH, -1).reshape(blocks, 128), axis=1)
-        token_B = tl.zeros((blocks,), tl.int32) + first_token
-        num_blocks = tl.cdiv(K * GROUP * HEAD_DIM, 128)
-        leave_digits(x, last_B // 128, token_B, last_B >= 0, T, num_blocks, digits_ptr, steps_ptr)

@@ -1,8 +1,9 @@
 """Attention over pages as one Triton kernel: decode, verification, and prefill in chunks.
 
 The meaning is `attention.paged_attention`; this is the same on a GPU: how the work is cut, and the
-launch. The kernels are in `attend_triton.py`. Rotation and the write to the pages come before and
-are in `write_triton.py`, save where a step only decodes: there they are part of it, see `NewKV`.
+launch. The kernels are in `attend_triton.py` and `merge_triton.py`. Rotation and the write to the
+pages come before and are in `write_triton.py`, save where a step only decodes: there they are part
+of it, see `NewKV`.
 
 Shape key: T packed new tokens, S sequences, P pages, B slots in a page, M pages in the longest page
 table, N query heads, K KV heads, G query heads of one KV head (N / K), H head dim, R rows of a
@@ -29,10 +30,11 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from longwing.errors import RequestError
-from longwing.kernels.attend_triton import attend_tile, merge_splits
+from longwing.kernels.attend_triton import attend_tile
 from longwing.kernels.attention import AttentionSpec
 from longwing.kernels.digits import BLOCK, Digits
 from longwing.kernels.fused_triton import as_digits
+from longwing.kernels.merge_triton import merge_splits
 from longwing.kernels.pages import AttentionInputs, KVPages
 
 LONG = 8192
@@ -175,7 +177,7 @@ def paged_attention(
     most_rows = (T if most_new is None else most_new) * group
     tiles = tiles or tiling(most_rows, H, page_len, pages.keys_PBKH.dtype, alone=S == 1)
     tiles_each = 0 if most_new is None else triton.cdiv(most_new * group, tiles.rows)
-    # Where lengths are unknown, sequence s is given a tile more than its share: `_place`.
+    # Where lengths are unknown, sequence s is given a tile more than its share: `place`.
     num_tiles = S * tiles_each or T * group // tiles.rows + S
     if num_splits is None:
         num_splits = splits(num_tiles * K, most_context, spec, tiles, q_TNH.device)
