@@ -80,6 +80,12 @@ def test_gelu_is_right_where_next_to_nothing_is_left_of_it() -> None:
     assert ((found_TF - exact_TF).abs() / exact_TF.abs().clamp(min=smallest)).max() < 2**-10
 
 
+def test_gelu_of_nan_is_nan() -> None:
+    """The hardware's minimum would make it a number, and the interpreter's would not."""
+    x_TF = torch.tensor([[1.0, torch.nan, -1.0]], dtype=torch.float16, device=DEVICE)
+    assert fused.activate_(x_TF, "gelu").isnan().tolist() == [[False, True, False]]
+
+
 def test_what_the_kernels_lack_is_refused() -> None:
     x_TF = _numbers(1, 8, dtype=torch.float16, seed=0)
     with pytest.raises(ValueError, match="not one of gelu"):

@@ -100,6 +100,7 @@ class DecodeGraphs:
         self._tables = _Mirrored(self.most_sequences, -(-context // self.page_len), model.device)
         self._written: list[tuple[list[int], int]] = [([], 0)] * self.most_sequences
         self._read = torch.cuda.Event() if model.device.type == "cuda" else None
+        self._have_read()
 
     def __len__(self) -> int:
         return len(self._graphs)
@@ -148,16 +149,17 @@ class DecodeGraphs:
             tokens_T: its tokens, int64 on the device, where the host does not know them yet.
         """
         num_tokens = self._write(batch, shape)
-        if tokens_T is not None:
-            self._numbers.on_device[0, :num_tokens].copy_(tokens_T)
-        if self.model.device.type != "cuda":
-            return self._forward(shape)[:num_tokens]
-        if shape not in self._graphs:
-            self._record(shape)
-        graph, hidden_TD = self._graphs[shape]
-        graph.replay()
-        if self._read is not None:
-            self._read.record(torch.cuda.current_stream(self.model.device))
+        try:
+            if tokens_T is not None:
+                self._numbers.on_device[0, :num_tokens].copy_(tokens_T)
+            if self.model.device.type != "cuda":
+                return self._forward(shape)[:num_tokens]
+            if shape not in self._graphs:
+                self._record(shape)
+            graph, hidden_TD = self._graphs[shape]
+            graph.replay()
+        finally:  # What has failed may have begun.
+            self._have_read()
         return hidden_TD[:num_tokens]
 
     def record(self, shape: Shape) -> None:
@@ -174,14 +176,16 @@ class DecodeGraphs:
         current = torch.cuda.current_stream(self._stream.device)
         self._stream.wait_stream(current)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.stream(self._stream):
-            self._forward(shape)
-            torch.cuda.synchronize()
-            with torch.cuda.graph(
-                graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
-            ):
-                hidden_TD = self._forward(shape)
-        current.wait_stream(self._stream)
+        try:
+            with torch.cuda.stream(self._stream):
+                self._forward(shape)
+                torch.cuda.synchronize()
+                with torch.cuda.graph(
+                    graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+                ):
+                    hidden_TD = self._forward(shape)
+        finally:
+            current.wait_stream(self._stream)
         self._graphs[shape] = (graph, hidden_TD)
 
     @cached_property
@@ -257,6 +261,11 @@ class DecodeGraphs:
             self._numbers.copy()
             self._tables.copy()
         torch.cuda.current_stream(self.model.device).wait_stream(self._sending)
+
+    def _have_read(self) -> None:
+        """Whatever is sent next comes after all that the device has been given so far."""
+        if self._read is not None:
+            self._read.record(torch.cuda.current_stream(self.model.device))
 
     def _write_table(self, s: int, pages: list[int]) -> None:
         """Bring a row up to date. The scheduler only appends to a list of pages, or takes a new."""

@@ -19,11 +19,12 @@ def _sigmoid(x):
 def _gelu(x):
     """GELU: x times the share of the normal distribution below it, max(x, 0) - |x| below(-|x|).
 
-    The logarithm of below(-a), to the base 2, is nearly a polynomial: this one, of least greatest
-    error, gives it to 1.1e-5 of itself for a up to 9, where 1e-19 is left. No branch, where the
-    library's erf has one, and no division: a prompt's activations are then bound by memory.
+    The logarithm of below(-a), to the base 2, is nearly a polynomial: with this one, of least
+    greatest error, below(-a) is right to 1.1e-5 of itself for a up to 9, where 1e-19 is left. No
+    branch, where the library's erf has one, and no division: a prompt's activations are then bound
+    by memory. What is nan stays nan, or a broken model would go on with 0.
     """
-    a = tl.minimum(tl.abs(x), 9.0)
+    a = tl.minimum(tl.abs(x), 9.0, propagate_nan=tl.PropagateNan.ALL)
     p = 7.46325455e-08
     p = p * a - 3.65577398e-06
     p = p * a + 7.94375519e-05

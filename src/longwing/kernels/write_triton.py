@@ -1,4 +1,6 @@
-"""Rotation and the write to the pages as one Triton launch: what comes before attention on a GPU.
+"""Rotation and the write to the pages as one Triton launch, before attention, on a GPU.
+
+Not where a step only decodes: there attention does both itself (`rotate_device.py`).
 
 The meaning is `attention.rotate` and `pages.write_kv`, bit for bit, 8-bit integers and scales
 included. Attention itself is in `paged_triton.py`.

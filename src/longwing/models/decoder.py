@@ -121,6 +121,9 @@ class Decoder(nn.Module):
 
         Returns:
             hidden_TD in the weights' dtype.
+
+        Raises:
+            ValueError: ends_only without inputs.
         """
         if ends_only and inputs is None:
             raise ValueError("which tokens are sequences' last is known from inputs alone")

@@ -149,7 +149,10 @@ class Replica:
         return operations / (self.card.flops * PREFILL_ATTENTION_SHARE) / self.num_gpus
 
     def _read_linear_s(self) -> float:
-        """The blocks' products over a prompt's chunks, with nothing else in the steps."""
+        """The blocks' products over a prompt's chunks, with nothing else in the steps.
+
+        The last block's too, most of which the engine spares: at 60 blocks 1% more than it does.
+        """
         whole, rest = divmod(self.load.new_len, PREFILL_CHUNK)
         return whole * self.matmul_s(PREFILL_CHUNK) + (self.matmul_s(rest) if rest else 0.0)
 
