@@ -68,18 +68,56 @@ def _total(x):
 
 
 @triton.jit
-def _normed(
-    sums, n, t, T, K, width, stats_ptr, level_ptr, eps, input_tiles, STATS_BLOCK: tl.constexpr
+def _asked(
+    n,
+    t,
+    T,
+    width,
+    stats_ptr,
+    level_ptr,
+    input_tiles,
+    bias_ptr,
+    more_ptr,
+    more_stride,
+    norm_ptr,
+    second_norm_ptr,
+    STATS_BLOCK: tl.constexpr,
 ):
-    """Products of what only has its norm's weights to those of the norm; see `norm_fold.py`."""
-    tile = tl.arange(0, STATS_BLOCK)
-    at = (tile[:, None] * T + t[None, :]) * 2
-    there = (tile < input_tiles)[:, None] & (t < T)[None, :]
-    mean = _total(tl.load(stats_ptr + at, mask=there, other=0.0)) / K
-    square = _total(tl.load(stats_ptr + at + 1, mask=there, other=0.0)) / K
-    scale = tl.rsqrt((square - mean * mean).to(tl.float32) + eps)
-    level = tl.load(level_ptr + n, mask=n < width, other=0.0)
-    return (sums - mean.to(tl.float32)[None, :] * level[:, None]) * scale[None, :]
+    """What `_give` needs besides the sums, on its way: 0 where there is none of it.
+
+    Sums of each tile of the inputs, and of their squares; level; bias; what there was before; and
+    the weights of the norms that follow.
+    """
+    totals, squares, level, bias, more, first, second = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
+    there = n < width
+    if stats_ptr is not None:
+        tile = tl.arange(0, STATS_BLOCK)
+        at = (tile[:, None] * T + t[None, :]) * 2
+        valid = (tile < input_tiles)[:, None] & (t < T)[None, :]
+        totals = tl.load(stats_ptr + at, mask=valid, other=0.0)
+        squares = tl.load(stats_ptr + at + 1, mask=valid, other=0.0)
+        level = tl.load(level_ptr + n, mask=there, other=0.0)
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + n, mask=there, other=0.0)
+    if more_ptr is not None:
+        at = t.to(tl.int64)[None, :] * more_stride + n[:, None]
+        more = tl.load(more_ptr + at, mask=there[:, None] & (t < T)[None, :], other=0.0)
+    if norm_ptr is not None:
+        first = tl.load(norm_ptr + n, mask=there, other=0.0)
+    if second_norm_ptr is not None:
+        second = tl.load(second_norm_ptr + n, mask=there, other=0.0)
+    return totals, squares, level, bias, more, first, second
+
+
+@triton.jit
+def _moments(totals, squares, K, eps, there: tl.constexpr):
+    """Each token's mean, and the inverse of its deviation, from sums of its tiles, if any."""
+    if there:
+        mean = _total(totals) / K
+        variance = _total(squares) / K - mean * mean
+        return mean.to(tl.float32), tl.rsqrt(variance.to(tl.float32) + eps)
+    else:
+        return 0.0, 1.0
 
 
 @triton.jit
@@ -91,29 +129,25 @@ def _leave_digits(x, tile, t, T, width, digits_ptr, steps_ptr):
 
 @triton.jit
 def _scale_for(
-    norm_ptr, digits_ptr, steps_ptr, x, n, tile, t, T, width, number: tl.constexpr
+    weight, digits_ptr, steps_ptr, x, tile, t, T, width, number: tl.constexpr
 ):  # fmt: skip
-    weight = tl.load(norm_ptr + n, mask=n < width, other=0.0).to(tl.float32)
-    scaled = (x * weight[:, None]).to(number).to(tl.float32)
+    scaled = (x * weight.to(tl.float32)[:, None]).to(number).to(tl.float32)
     _leave_digits(scaled, tile, t, T, width, digits_ptr, steps_ptr)
 
 
 @triton.jit
 def _give(
     sums,
+    asked,
+    moments,
     n,
     t,
     T,
-    K,
     tile,
     width,
     stats_ptr,
-    level_ptr,
-    eps,
-    input_tiles,
     bias_ptr,
     more_ptr,
-    more_stride,
     out_ptr,
     out_stride,
     digits_ptr,
@@ -124,21 +158,22 @@ def _give(
     number: tl.constexpr,
     act: tl.constexpr,
     arrange: tl.constexpr,
-    STATS_BLOCK: tl.constexpr,
 ):
     """Sums to results: normed, plus a bias, through the activation, plus what was there before.
 
-    And, for few tokens, what the products that follow will want.
+    And, for few tokens, what the products that follow will want. Products of what only has its
+    norm's weights become those of the norm; see `norm_fold.py`.
     """
+    _, _, level, bias, more, first, second = asked
     valid = (t < T)[None, :] & (n < width)[:, None]
     if stats_ptr is not None:
-        sums = _normed(sums, n, t, T, K, width, stats_ptr, level_ptr, eps, input_tiles, STATS_BLOCK)
+        mean, scale = moments
+        sums = (sums - mean[None, :] * level[:, None]) * scale[None, :]
     if bias_ptr is not None:
-        sums += tl.load(bias_ptr + n, mask=n < width, other=0.0).to(tl.float32)[:, None]
+        sums += bias.to(tl.float32)[:, None]
     sums = activate(sums, act)
     if more_ptr is not None:
-        at = t.to(tl.int64)[None, :] * more_stride + n[:, None]
-        sums += tl.load(more_ptr + at, mask=valid, other=0.0).to(tl.float32)
+        sums += more.to(tl.float32)
     place = arranged(n) if arrange else n
     at = t.to(tl.int64)[None, :] * out_stride + place[:, None]
     rounded = sums.to(number)
@@ -148,12 +183,12 @@ def _give(
         if norm_ptr is None:
             _leave_digits(x, tile, t, T, width, digits_ptr, steps_ptr)
         else:
-            _scale_for(norm_ptr, digits_ptr, steps_ptr, x, n, tile, t, T, width, number)
+            _scale_for(first, digits_ptr, steps_ptr, x, tile, t, T, width, number)
             if second_norm_ptr is not None:
                 blocks = tl.cdiv(width, 128)
                 digits_ptr += 3 * T.to(tl.int64) * blocks * 128
                 steps_ptr += T.to(tl.int64) * blocks
-                _scale_for(second_norm_ptr, digits_ptr, steps_ptr, x, n, tile, t, T, width, number)
+                _scale_for(second, digits_ptr, steps_ptr, x, tile, t, T, width, number)
             at = (tile * T + t) * 2
             tl.store(next_stats_ptr + at, _total(x).to(tl.float32), mask=t < T)
             tl.store(next_stats_ptr + at + 1, _total(x * x).to(tl.float32), mask=t < T)
@@ -161,13 +196,19 @@ def _give(
 
 @triton.jit
 def _merged(n, t, T, N, splits, partial_ptr, at_once: tl.constexpr):
-    """What the splits left, added from first to last, whichever came last."""
+    """What the splits left, added from first to last, whichever came last.
+
+    Some loads at a time, where registers allow: each would wait for the one before. Those beyond
+    the last bring zeros, for a loop over what is left would wait for each again.
+    """
     at = t.to(tl.int64)[None, :] * N + n[:, None]
     valid = (t < T)[None, :]
+    stride = T.to(tl.int64) * N
     sums = tl.load(partial_ptr + at, mask=valid, other=0.0)
-    # Several loads at a time, where registers allow: each would wait for the one before.
-    for split in tl.range(1, splits, loop_unroll_factor=at_once):
-        sums += tl.load(partial_ptr + split * (T.to(tl.int64) * N) + at, mask=valid, other=0.0)
+    for first in tl.range(1, splits, at_once):
+        for i in tl.static_range(at_once):
+            there = valid & (first + i < splits)
+            sums += tl.load(partial_ptr + (first + i) * stride + at, mask=there, other=0.0)
     return sums
 
 
@@ -323,48 +364,58 @@ def multiply(
     splits = tl.num_programs(1)
     panel = tile * R + tl.arange(0, R)[:, None]
     t = block_T * tokens + tl.arange(0, tokens)
+    own_t = tl.arange(0, 1) if lone and split_up else t
+    # The panels of a warp side by side by bytes, as they are numbered: lanes keep what they have.
+    n = operand_rows(tile, R) if wide else tile * (32 * R) + tl.arange(0, 32 * R)
     begin, end = chunks * split // splits, chunks * (split + 1) // splits
+    early: tl.constexpr = tokens == 2
+    at_once: tl.constexpr = 64 // tokens if wide else 16 if lone else 8
+    if early:
+        # Few registers, and nobody waits for it when the sums are there.
+        asked = _asked(
+            n, own_t, T, out_width, stats_ptr, level_ptr, input_tiles, bias_ptr,
+            more_ptr, more_stride, norm_ptr, second_norm_ptr, STATS_BLOCK,
+        )  # fmt: skip
     if wide:
         sums = _sum_by_numbers(
             x_ptr, words_ptr, scales_ptr, zeros_ptr, panel, t, T, K, N, begin, end,
             chunks, chunks_per_group, magic, bits, number, groups, sym, even, R, tokens, stages,
         )  # fmt: skip
-        n = operand_rows(tile, R)
     else:
         sums = sum_by_bytes(
             x_ptr, x_steps_ptr, words_ptr, scales_ptr, zeros_ptr, panel, block_T, T, N, begin, end,
             chunks, chunks_per_group, two, bits, groups, sym, R, tokens, stages,
         )  # fmt: skip
-        # The panels of a warp side by side, as they are numbered: lanes keep what they have.
         sums = sums.reshape(2, R, 16, tokens).permute(1, 0, 2, 3).reshape(32 * R, tokens)
-        n = tile * (32 * R) + tl.arange(0, 32 * R)
+    arrival = arrivals_ptr + block_T * tl.num_programs(0) + tile
     if split_up:
-        left_ptr = partial_ptr + (first_split + split) * (T.to(tl.int64) * N)
-        _leave(sums, n, t, T, N, left_ptr)
+        _leave(sums, n, t, T, N, partial_ptr + (first_split + split) * (T.to(tl.int64) * N))
+    if early:
+        moments = _moments(asked[0], asked[1], K, eps, stats_ptr is not None)
+    last = True
+    if split_up:
         # All lanes of this program have stored before one of them counts it.
         tl.debug_barrier()
-        arrival = arrivals_ptr + block_T * tl.num_programs(0) + tile
-        if tl.atomic_add(arrival, 1, sem="acq_rel") == all_splits - 1:
+        last = tl.atomic_add(arrival, 1, sem="acq_rel") == all_splits - 1
+    if last:
+        if split_up:
             tl.debug_barrier()
-            own_t = tl.arange(0, 1) if lone else t
-            at_once: tl.constexpr = 1 if wide else (16 if lone else 8)
-            merged = _merged(n, own_t, T, N, all_splits, partial_ptr, at_once)
-            _give(
-                merged, n, own_t, T, K, tile, out_width,
-                stats_ptr, level_ptr, eps, input_tiles,
-                bias_ptr, more_ptr, more_stride, out_ptr, out_stride, digits_ptr, steps_ptr,
-                norm_ptr, second_norm_ptr, next_stats_ptr,
-                number, act, arrange, STATS_BLOCK,
+            results = _merged(n, own_t, T, N, all_splits, partial_ptr, at_once)
+        else:
+            results = sums
+        if not early:
+            asked = _asked(
+                n, own_t, T, out_width, stats_ptr, level_ptr, input_tiles, bias_ptr,
+                more_ptr, more_stride, norm_ptr, second_norm_ptr, STATS_BLOCK,
             )  # fmt: skip
-            tl.store(arrival, 0)
-    else:
+            moments = _moments(asked[0], asked[1], K, eps, stats_ptr is not None)
         _give(
-            sums, n, t, T, K, tile, out_width,
-            stats_ptr, level_ptr, eps, input_tiles,
-            bias_ptr, more_ptr, more_stride, out_ptr, out_stride, digits_ptr, steps_ptr,
-            norm_ptr, second_norm_ptr, next_stats_ptr,
-            number, act, arrange, STATS_BLOCK,
+            results, asked, moments, n, own_t, T, tile, out_width, stats_ptr, bias_ptr, more_ptr,
+            out_ptr, out_stride, digits_ptr, steps_ptr, norm_ptr, second_norm_ptr, next_stats_ptr,
+            number, act, arrange,
         )  # fmt: skip
+        if split_up:
+            tl.store(arrival, 0)
 
 
 @triton.jit
