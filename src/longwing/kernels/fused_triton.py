@@ -16,6 +16,7 @@ import torch
 import triton
 from torch import Tensor
 
+from longwing.kernels.carveout import take_all_shared
 from longwing.kernels.digits import Digits
 from longwing.kernels.digits_device import make_digits
 from longwing.kernels.fused_device import activate_rows, normalise
@@ -42,11 +43,12 @@ def as_digits(x_TK: Tensor, order_K: Tensor | None = None, *, made: Digits | Non
     blocks = len(made.steps_CT)
     if T and K:
         with torch.cuda.device_of(x_TK):
-            make_digits[(triton.cdiv(blocks, DIGIT_BLOCKS), T)](
+            kernel = make_digits[(triton.cdiv(blocks, DIGIT_BLOCKS), T)](
                 *(x_TK, order_K, made.digits_3TK, made.steps_CT),
                 *(T, K, blocks, x_TK.stride(0)),
                 BLOCKS=DIGIT_BLOCKS,
             )
+            take_all_shared(kernel)
     return made
 
 
@@ -132,7 +134,7 @@ def _normalise(
         return
     block = max(triton.next_power_of_2(D), 128)
     to = [_room(out) for out in outs] + [(None, None)]
-    normalise[(T,)](
+    kernel = normalise[(T,)](
         *(x_TD, *to[0], *to[1], *first, *(second or (None, None)), eps),
         D=D,
         BLOCK=block,
@@ -140,6 +142,7 @@ def _normalise(
         ARRANGE=arrange,
         num_warps=min(max(block // 512, 4), 16),
     )
+    take_all_shared(kernel)
 
 
 def _activate(x_TF: Tensor, gate_TF: Tensor | None, out_TF: Tensor | Digits, act: str) -> None:

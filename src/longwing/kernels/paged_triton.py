@@ -32,6 +32,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from longwing.errors import RequestError
 from longwing.kernels.attend_triton import attend_tile
 from longwing.kernels.attention import AttentionSpec
+from longwing.kernels.carveout import take_all_shared
 from longwing.kernels.digits import BLOCK, Digits
 from longwing.kernels.fused_triton import as_digits
 from longwing.kernels.merge_triton import merge_splits
@@ -199,7 +200,7 @@ def paged_attention(
     keys, values, bulk = pages.keys_PBKH, pages.values_PBKH, _bulk(q_TNH, pages, tiles)
     if bulk:
         keys, values = (_descriptor(x, tiles.keys) for x in (keys, values))
-    attend_tile[(num_tiles, K, num_splits)](
+    kernel = attend_tile[(num_tiles, K, num_splits)](
         q_TNH,
         out_TNH,
         scratch,
@@ -230,6 +231,7 @@ def paged_attention(
         **early,
         **({} if new is None else new.arguments(pages, most_new)),
     )
+    take_all_shared(kernel)
     if num_splits > 1:
         splits_block = triton.next_power_of_2(num_splits)
         merged_rows = max(1, min(MERGE // (splits_block * shape["HEAD_BLOCK"]), tiles.rows))
@@ -237,7 +239,7 @@ def paged_attention(
         if digits is not None and most_new == 1 and _in_blocks(group, K, H):
             merged_rows = max(merged_rows, BLOCK // H)
             to, digits = (digits.digits_3TK, digits.steps_CT), None
-        merge_splits[(num_tiles, K, tiles.rows // merged_rows)](
+        kernel = merge_splits[(num_tiles, K, tiles.rows // merged_rows)](
             out_TNH,
             *to,
             scratch,
@@ -252,6 +254,7 @@ def paged_attention(
             MERGED_ROWS=merged_rows,
             **early,
         )
+        take_all_shared(kernel)
     if digits is not None:
         as_digits(out_TNH.flatten(1), made=digits)
     return out_TNH

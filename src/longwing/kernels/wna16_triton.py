@@ -30,6 +30,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from longwing.kernels.carveout import take_all_shared
 from longwing.kernels.digits import Activations, Digits
 from longwing.kernels.fused_triton import activate_, as_digits
 from longwing.kernels.norm_fold import FoldedNorm, Scaled
@@ -381,7 +382,7 @@ def _launch(
         stats, level_N, eps = norm.stats_ST2, norm.level_N, norm.eps
         input_tiles = len(stats)
     with torch.cuda.device_of(x):
-        multiply[(N // TILE_OUT, cut.splits, triton.cdiv(T, cut.tokens))](
+        kernel = multiply[(N // TILE_OUT, cut.splits, triton.cdiv(T, cut.tokens))](
             *(x, steps_CT, weight.words, weight.scales_GN, _zeros(weight)),
             *(stats, level_N, after.bias_N, after.more_TN, out_TN, *_left(after)),
             *(shared.partial, shared.arrivals),
@@ -404,6 +405,7 @@ def _launch(
             stages=cut.stages,
             num_warps=TILE_OUT // CELL_OUT,
         )
+        take_all_shared(kernel)
 
 
 def _as_read(

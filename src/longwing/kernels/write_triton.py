@@ -17,6 +17,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc
 
 from longwing.errors import RequestError
+from longwing.kernels.carveout import take_all_shared
 from longwing.kernels.paged_triton import starts_early
 from longwing.kernels.pages import KVPages
 
@@ -63,7 +64,7 @@ def rotate_and_write(
     if T == 0:
         return rotated_TNH
     early = T <= FEW and starts_early(q_TNH.device)
-    _rotate_and_write_heads[(T, num_query_blocks + 2 * triton.cdiv(K, ROWS))](
+    kernel = _rotate_and_write_heads[(T, num_query_blocks + 2 * triton.cdiv(K, ROWS))](
         q_TNH,
         rotated_TNH,
         k_TKH,
@@ -95,6 +96,7 @@ def rotate_and_write(
         # A fused multiply-add would round once where the reference rounds twice.
         enable_fp_fusion=False,
     )
+    take_all_shared(kernel)
     return rotated_TNH
 
 

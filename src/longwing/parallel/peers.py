@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
+from longwing.kernels.carveout import take_all_shared
 from longwing.kernels.norm_fold import Scaled
 
 if TYPE_CHECKING:
@@ -160,7 +161,7 @@ class Peers:
         if scaled is not None:
             to = (scaled.digits_X3TK, scaled.steps_XCT, scaled.stats_ST2)
         with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
-            add_over_ranks[(-(-numel // TILE),)](
+            kernel = add_over_ranks[(-(-numel // TILE),)](
                 *(x, more, out, *norms, *to, self._memories, self._turns),
                 *(numel // D, D, numel),
                 RANK=self.rank,
@@ -169,6 +170,7 @@ class Peers:
                 TILE=TILE,
                 num_warps=4,
             )
+            take_all_shared(kernel)
         return scaled
 
 
