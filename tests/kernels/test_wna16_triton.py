@@ -115,12 +115,12 @@ def test_the_dense_matrix_is_the_references_to_the_last_bit(bits: int, dtype: to
         assert torch.equal(dense_NK.T, dequantize(weight, dtype)), (group_size, symmetric)
 
 
-@pytest.mark.parametrize("num_tokens", [1, 16, 20])
+@pytest.mark.parametrize("num_tokens", [1, 2, 16, 20])
 def test_splitting_the_inputs_changes_no_more_than_the_order_of_sums(num_tokens: int) -> None:
     weight = _weight(3, 384, 40)
     streamed, x_TK = stream([weight], torch.float16), _inputs(num_tokens, 384)
-    tokens = {1: 8, 16: 16, 20: 32}[num_tokens]
-    for splits in (1, 2, 3):
+    tokens = {1: 8, 2: 2, 16: 16, 20: 32}[num_tokens]
+    for splits in (1, 2, 3, 19):  # more than are added up at a time
         cut = Cut(tokens=tokens, splits=splits, stages=2)
         for _ in range(2):  # the first launch leaves the arrivals as it found them
             _assert_product(triton.packed_matmul(x_TK, streamed, cut), x_TK, weight)

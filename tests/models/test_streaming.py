@@ -141,3 +141,29 @@ def test_a_step_that_fails_between_two_products_does_not_spoil_the_next(
             with pytest.raises(MemoryError):
                 model(tokens_T, positions_T)
         assert torch.equal(model(tokens_T, positions_T), expected_TD)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
+@pytest.mark.parametrize("num_tokens", [1, 2, 5, 16])
+def test_launches_that_overlap_in_a_graph_give_what_one_after_another_gives(
+    num_tokens: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the last bit, as often as it is replayed: no program reads what is not there yet."""
+    shape = SHAPE | {"hidden_size": 1024, "num_attention_heads": 16, "num_hidden_layers": 6}
+    config = FalconConfig(**shape, num_kv_heads=2, new_decoder_architecture=True, alibi=False)
+    write_gptq(config, tmp_path, bits=4, group_size=64)
+    monkeypatch.setenv("LONGWING_KERNELS", "triton")
+    model = load_model(tmp_path, device=DEVICE, dtype=torch.bfloat16, unpack=False)
+    stream_weights(model)
+    tokens_T = torch.arange(3, 3 + num_tokens).to(DEVICE)
+    positions_T = torch.arange(num_tokens).to(DEVICE)
+    with torch.inference_mode():
+        expected_TD = model(tokens_T, positions_T)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            hidden_TD = model(tokens_T, positions_T)
+        for _ in range(300):
+            hidden_TD.zero_()
+            graph.replay()
+            assert torch.equal(hidden_TD, expected_TD)

@@ -16,10 +16,10 @@ import torch
 import triton
 from torch import Tensor
 
-from longwing.kernels.carveout import take_all_shared
 from longwing.kernels.digits import Digits
 from longwing.kernels.digits_device import make_digits
 from longwing.kernels.fused_device import activate_rows, normalise
+from longwing.kernels.launch import take_all_shared
 
 ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "silu", "relu")
 """Those that the kernels have, by config.json's names."""

@@ -32,9 +32,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from longwing.errors import RequestError
 from longwing.kernels.attend_triton import attend_tile
 from longwing.kernels.attention import AttentionSpec
-from longwing.kernels.carveout import take_all_shared
 from longwing.kernels.digits import BLOCK, Digits
 from longwing.kernels.fused_triton import as_digits
+from longwing.kernels.launch import starts_early, take_all_shared
 from longwing.kernels.merge_triton import merge_splits
 from longwing.kernels.pages import AttentionInputs, KVPages
 
@@ -315,16 +315,6 @@ def splits(
     # A share's sums are as large as its rows are many, and so its keys should be.
     useful = max(1, most_keys // max(tiles.keys, tiles.rows))
     return max(1, min(sms * per_sm // num_programs, useful, MAX_SPLITS))
-
-
-@cache
-def starts_early(device: torch.device) -> bool:
-    """Whether a launch may begin while the one before it ends (Hopper and later).
-
-    A kernel so launched looks up where its work lies, and only then waits for the memory of those
-    before it; so what it looks up must be older than the launch just before. Page tables are.
-    """
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 @cache

@@ -105,9 +105,8 @@ class ParallelBlock:
         second = Beside(two=528, eight=528, least=16, stages=3, sixteen=sixteen)
         taken = _tiles_and_chunks(mlp_out)[0] * second.splits(mlp_out, 1)
         first = Beside(two=264, eight=400, least=6, stages=3, sixteen=sixteen)
-        # Programs of whole inputs are few, and each has to have more on its way. What runs beside
-        # has as many stages: a multiprocessor that is to share its memory out anew must come to
-        # rest first, which costs Falcon-7B 8 us a block.
+        # Programs of whole inputs are few, and each has to have more on its way; what runs beside
+        # does best with as many.
         stages = 4 if first.splits(mlp_in, 1) == 1 else 3
         return cls(
             attention_in=Beside(two=576, eight=432, least=6, stages=stages, sixteen=sixteen),

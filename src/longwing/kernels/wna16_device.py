@@ -14,6 +14,7 @@ norm, bias, activation, residual, and what the next norm needs. So no launch wai
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc
 
 from longwing.kernels.digits_device import leave_digits
 from longwing.kernels.fused_device import activate, arranged
@@ -334,6 +335,8 @@ def multiply(
     tokens: tl.constexpr,
     wide: tl.constexpr,
     stages: tl.constexpr,
+    early: tl.constexpr,
+    lets: tl.constexpr,
 ):
     """A tile of 32 R outputs by `tokens`, over one of several runs of the inputs.
 
@@ -359,6 +362,8 @@ def multiply(
     - lone: T is 1; what the splits left is added by all lanes, many loads at once.
     - groups: scales of a row in a cell: 1, 2 or 4; 0 where one scale serves all inputs.
     - even: K is a multiple of 128.
+    - early: what the input waits for may still be running (`launch.starts_early`).
+    - lets: what comes next may begin when no program multiplies any more.
     """
     tile, split, block_T = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     splits = tl.num_programs(1)
@@ -368,9 +373,11 @@ def multiply(
     # The panels of a warp side by side by bytes, as they are numbered: lanes keep what they have.
     n = operand_rows(tile, R) if wide else tile * (32 * R) + tl.arange(0, 32 * R)
     begin, end = chunks * split // splits, chunks * (split + 1) // splits
-    early: tl.constexpr = tokens == 2
+    few: tl.constexpr = tokens == 2
     at_once: tl.constexpr = 64 // tokens if wide else 16 if lone else 8
     if early:
+        gdc.gdc_wait()
+    if few:
         # Few registers, and nobody waits for it when the sums are there.
         asked = _asked(
             n, own_t, T, out_width, stats_ptr, level_ptr, input_tiles, bias_ptr,
@@ -387,10 +394,12 @@ def multiply(
             chunks, chunks_per_group, two, bits, groups, sym, R, tokens, stages,
         )  # fmt: skip
         sums = sums.reshape(2, R, 16, tokens).permute(1, 0, 2, 3).reshape(32 * R, tokens)
+    if lets:
+        gdc.gdc_launch_dependents()
     arrival = arrivals_ptr + block_T * tl.num_programs(0) + tile
     if split_up:
         _leave(sums, n, t, T, N, partial_ptr + (first_split + split) * (T.to(tl.int64) * N))
-    if early:
+    if few:
         moments = _moments(asked[0], asked[1], K, eps, stats_ptr is not None)
     last = True
     if split_up:
@@ -403,7 +412,7 @@ def multiply(
             results = _merged(n, own_t, T, N, all_splits, partial_ptr, at_once)
         else:
             results = sums
-        if not early:
+        if not few:
             asked = _asked(
                 n, own_t, T, out_width, stats_ptr, level_ptr, input_tiles, bias_ptr,
                 more_ptr, more_stride, norm_ptr, second_norm_ptr, STATS_BLOCK,

@@ -30,9 +30,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from longwing.kernels.carveout import take_all_shared
 from longwing.kernels.digits import Activations, Digits
 from longwing.kernels.fused_triton import activate_, as_digits
+from longwing.kernels.launch import starts_early, take_all_shared
 from longwing.kernels.norm_fold import FoldedNorm, Scaled
 from longwing.kernels.streamed import (
     CELL_IN,
@@ -381,6 +381,9 @@ def _launch(
     if norm is not None:
         stats, level_N, eps = norm.stats_ST2, norm.level_N, norm.eps
         input_tiles = len(stats)
+    # Wide programs take so much room that those of the next launch would only be in their way.
+    may_overlap = not cut.wide and starts_early(out_TN.device)
+    early = may_overlap and shared.all_splits > cut.splits
     with torch.cuda.device_of(x):
         kernel = multiply[(N // TILE_OUT, cut.splits, triton.cdiv(T, cut.tokens))](
             *(x, steps_CT, weight.words, weight.scales_GN, _zeros(weight)),
@@ -403,6 +406,9 @@ def _launch(
             tokens=cut.tokens,
             wide=cut.wide,
             stages=cut.stages,
+            early=early,
+            lets=may_overlap and after.act != "",
+            launch_pdl=early,
             num_warps=TILE_OUT // CELL_OUT,
         )
         take_all_shared(kernel)

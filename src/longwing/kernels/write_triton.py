@@ -17,8 +17,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc
 
 from longwing.errors import RequestError
-from longwing.kernels.carveout import take_all_shared
-from longwing.kernels.paged_triton import starts_early
+from longwing.kernels.launch import starts_early, take_all_shared
 from longwing.kernels.pages import KVPages
 
 ROWS = 16

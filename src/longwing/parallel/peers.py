@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from longwing.kernels.carveout import take_all_shared
+from longwing.kernels.launch import take_all_shared
 from longwing.kernels.norm_fold import Scaled
 
 if TYPE_CHECKING:
