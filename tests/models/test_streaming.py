@@ -156,13 +156,19 @@ def test_launches_that_overlap_in_a_graph_give_what_one_after_another_gives(
     monkeypatch.setenv("LONGWING_KERNELS", "triton")
     model = load_model(tmp_path, device=DEVICE, dtype=torch.bfloat16, unpack=False)
     stream_weights(model)
-    tokens_T = torch.arange(3, 3 + num_tokens).to(DEVICE)
-    positions_T = torch.arange(num_tokens).to(DEVICE)
+    start_TD = torch.randn(num_tokens, 1024, device=DEVICE, dtype=torch.bfloat16)
+
+    def blocks() -> torch.Tensor:
+        hidden_TD = start_TD.clone()
+        for block in model.blocks:
+            hidden_TD = block(hidden_TD, None, None)
+        return hidden_TD
+
     with torch.inference_mode():
-        expected_TD = model(tokens_T, positions_T)
+        expected_TD = blocks()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            hidden_TD = model(tokens_T, positions_T)
+            hidden_TD = blocks()
         for _ in range(300):
             hidden_TD.zero_()
             graph.replay()
