@@ -21,7 +21,9 @@ from torch import Tensor
 
 from longwing.kernels import wna16_triton as kernels
 from longwing.kernels.streamed import CELL_OUT, TILE_OUT, TOKEN_TILES, StreamedWeight
+from longwing.kernels.wna16_after import After
 from longwing.kernels.wna16_cut import Cut
+from longwing.kernels.wna16_dense import dequantize, multiply_dense
 
 SHAPES = {  # K, N
     "qkv": (8192, 9216),
@@ -100,7 +102,7 @@ def bandwidth() -> float:
 
 def error_of(x_TK: Tensor, weight: StreamedWeight, cut: Cut | None) -> float:
     """Relative to float64, over the first 512 outputs."""
-    exact = x_TK.double() @ kernels.dequantize(weight, 0, 512).double().T
+    exact = x_TK.double() @ dequantize(weight, 0, 512).double().T
     out = kernels.packed_matmul(x_TK, weight, cut)[:, :512].double()
     return float((out - exact).norm() / exact.norm())
 
@@ -120,10 +122,8 @@ def ours(x_TK: Tensor, weights: list[StreamedWeight], cut: Cut | None = None) ->
 def dense_first(x_TK: Tensor, weights: list[StreamedWeight]) -> float:
     """Microseconds of dequantising, then cuBLAS, for any number of tokens."""
     out_TN = x_TK.new_empty(len(x_TK), weights[0].starts[-1])
-    plain = kernels._After()
-    return microseconds(
-        lambda i: kernels._multiply_dense(x_TK, weights[i], plain, out_TN), len(weights), 6
-    )
+    plain = After()
+    return microseconds(lambda i: multiply_dense(x_TK, weights[i], plain, out_TN), len(weights), 6)
 
 
 def cublas(x_TK: Tensor, N: int) -> float:

@@ -20,7 +20,7 @@ if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"
 triton: Any = pytest.importorskip("longwing.kernels.wna16_triton")
 fused: Any = pytest.importorskip("longwing.kernels.fused_triton")
-if DEVICE == "cpu" and type(triton.tl.max).__name__ == "JITFunction":
+if DEVICE == "cpu" and type(triton.triton.language.max).__name__ == "JITFunction":
     pytest.skip("triton was imported before TRITON_INTERPRET=1 was set", allow_module_level=True)
 
 DTYPES = [torch.float16, *([torch.bfloat16] if DEVICE == "cuda" else [])]

@@ -20,7 +20,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"
 triton: Any = pytest.importorskip("longwing.kernels.wna16_triton")
-if DEVICE == "cpu" and type(triton.tl.max).__name__ == "JITFunction":
+if DEVICE == "cpu" and type(triton.triton.language.max).__name__ == "JITFunction":
     pytest.skip("triton was imported before TRITON_INTERPRET=1 was set", allow_module_level=True)
 
 NUMBER = torch.float16

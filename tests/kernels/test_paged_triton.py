@@ -30,7 +30,7 @@ if DEVICE == "cpu":
 attend_triton: Any = pytest.importorskip("longwing.kernels.attend_triton")
 paged_triton: Any = pytest.importorskip("longwing.kernels.paged_triton")
 write_triton: Any = pytest.importorskip("longwing.kernels.write_triton")
-if DEVICE == "cpu" and type(attend_triton.tl.max).__name__ == "JITFunction":
+if DEVICE == "cpu" and type(attend_triton.triton.language.max).__name__ == "JITFunction":
     pytest.skip("triton was imported before TRITON_INTERPRET=1 was set", allow_module_level=True)
 
 Tiling = paged_triton.Tiling

@@ -20,10 +20,11 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"
 triton: Any = pytest.importorskip("longwing.kernels.wna16_triton")
-if DEVICE == "cpu" and type(triton.tl.max).__name__ == "JITFunction":
+if DEVICE == "cpu" and type(triton.triton.language.max).__name__ == "JITFunction":
     pytest.skip("triton was imported before TRITON_INTERPRET=1 was set", allow_module_level=True)
 
 fused_triton: Any = pytest.importorskip("longwing.kernels.fused_triton")
+dense: Any = pytest.importorskip("longwing.kernels.wna16_dense")
 Cut = triton.Cut
 FLOATS = [torch.float16, *([torch.bfloat16] if DEVICE == "cuda" else [])]
 ROUNDING = {torch.float16: 5e-4, torch.bfloat16: 4e-3}
@@ -111,7 +112,7 @@ def test_any_number_of_tokens_is_multiplied(num_tokens: int) -> None:
 def test_the_dense_matrix_is_the_references_to_the_last_bit(bits: int, dtype: torch.dtype) -> None:
     for group_size, symmetric in [(-1, True), (32, False), (64, True), (128, False)]:
         weight = _weight(bits, 256, 40, group_size, symmetric=symmetric, dtype=dtype)
-        dense_NK = triton.dequantize(stream([weight], dtype))[:40]
+        dense_NK = dense.dequantize(stream([weight], dtype))[:40]
         assert torch.equal(dense_NK.T, dequantize(weight, dtype)), (group_size, symmetric)
 
 
@@ -251,7 +252,7 @@ def test_scales_keep_the_checkpoints_own_bits() -> None:
     weight = _weight(4, 256, 40, dtype=torch.float16)
     assert stream([weight], torch.bfloat16).scales_GN.dtype == torch.float16
     if DEVICE == "cuda":
-        dense_NK = triton.dequantize(stream([weight], torch.bfloat16))[:40]
+        dense_NK = dense.dequantize(stream([weight], torch.bfloat16))[:40]
         assert torch.equal(dense_NK.T, dequantize(weight, torch.bfloat16))
 
 

@@ -13,7 +13,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"
 write_triton: Any = pytest.importorskip("longwing.kernels.write_triton")
-if DEVICE == "cpu" and type(write_triton.tl.max).__name__ == "JITFunction":
+if DEVICE == "cpu" and type(write_triton.triton.language.max).__name__ == "JITFunction":
     pytest.skip("triton was imported before TRITON_INTERPRET=1 was set", allow_module_level=True)
 
 FLOATS = [torch.float32, torch.float16, *([torch.bfloat16] if DEVICE == "cuda" else [])]

@@ -116,8 +116,8 @@ def test_making_a_matrix_dense_holds_what_was_planned(bits, dtype, monkeypatch):
 
 def test_a_slice_of_a_streamed_matrix_is_planned_as_the_kernels_cut_it():
     """128 Mi weights in whole tiles of 128 outputs, and their products."""
-    wna16_triton = pytest.importorskip("longwing.kernels.wna16_triton")
-    assert (wna16_triton.DENSE_SLICE, wna16_triton.SLICE_ROWS) == (DENSE_SLICE, SLICE_ROWS)
+    wna16_dense = pytest.importorskip("longwing.kernels.wna16_dense")
+    assert (wna16_dense.DENSE_SLICE, wna16_dense.SLICE_ROWS) == (DENSE_SLICE, SLICE_ROWS)
     model = empty_model(known_config("falcon-40b"))
     assert dense_slice_bytes(model, 2048, 2) == 16_384 * (8192 + 2048) * 2
     small = empty_model(config("llama"))
@@ -126,20 +126,20 @@ def test_a_slice_of_a_streamed_matrix_is_planned_as_the_kernels_cut_it():
 
 def test_one_slice_of_a_streamed_matrix_is_dense_at_a_time(monkeypatch):
     """Two of Falcon-40B's would be 256 MiB more than is planned."""
-    wna16_triton = pytest.importorskip("longwing.kernels.wna16_triton")
+    wna16_dense = pytest.importorskip("longwing.kernels.wna16_dense")
     T, K, N = 4, 512, 1024
-    monkeypatch.setattr(wna16_triton, "DENSE_SLICE", N * K // 4)
+    monkeypatch.setattr(wna16_dense, "DENSE_SLICE", N * K // 4)
     made = []
 
     def dequantize(weight, start, stop):
         made.append(stop - start)
         return torch.zeros(stop - start, K, dtype=torch.bfloat16)
 
-    monkeypatch.setattr(wna16_triton, "dequantize", dequantize)
+    monkeypatch.setattr(wna16_dense, "dequantize", dequantize)
     weight = SimpleNamespace(starts=(0, N), in_features=K)
     x_TK, out_TN = (torch.zeros(T, size, dtype=torch.bfloat16) for size in (K, N))
     with LiveBytes() as live:
-        wna16_triton._multiply_dense(x_TK, weight, wna16_triton._After(), out_TN)
+        wna16_dense.multiply_dense(x_TK, weight, wna16_dense.After(), out_TN)
     assert made == [SLICE_ROWS] * 4
     assert live.peak <= SLICE_ROWS * (K + T) * 2
 

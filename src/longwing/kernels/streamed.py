@@ -93,6 +93,24 @@ class StreamedWeight:
             starts.append(starts[-1] + math.ceil(part / TILE_OUT) * TILE_OUT)
         return tuple(starts)
 
+    @property
+    def cell_groups(self) -> tuple[int, int]:
+        """Scales of a row in a cell, 0 for one in all; and chunks that share one."""
+        if self.group_size == self.in_features:
+            return 0, self.words.shape[1]
+        if self.group_size < CELL_IN:
+            return CELL_IN // self.group_size, 1
+        return 1, self.group_size // CELL_IN
+
+    @property
+    def any_zeros(self) -> Tensor:
+        """Zero points; without any, a tensor of their type that no kernel will read."""
+        return self.words if self.zeros is None else self.zeros
+
+    def ordered(self, x_TK: Tensor) -> Tensor:
+        """Activations with their inputs in this weight's order."""
+        return x_TK if self.order_K is None else x_TK.index_select(-1, self.order_K)
+
 
 def fits(weight: PackedWeight) -> bool:
     """Whether `stream` can lay the weight out. What it cannot is left to the reference."""

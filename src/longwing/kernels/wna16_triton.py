@@ -18,20 +18,18 @@ are cut otherwise than 3 to 8, and with zero points these are numbers. So betwee
 folded in for up to 8 (`norm_fold.py`).
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise, zip_longest
+from itertools import accumulate, zip_longest
 from typing import Self
 
 import torch
 import torch.nn.functional as F
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from longwing.kernels.digits import Activations, Digits
-from longwing.kernels.fused_triton import activate_, as_digits
+from longwing.kernels.fused_triton import as_digits
 from longwing.kernels.launch import starts_early, take_all_shared
 from longwing.kernels.norm_fold import FoldedNorm, Scaled
 from longwing.kernels.streamed import (
@@ -40,6 +38,7 @@ from longwing.kernels.streamed import (
     TILE_OUT,
     StreamedWeight,
 )
+from longwing.kernels.wna16_after import After
 from longwing.kernels.wna16_cut import (
     NARROW_TOKENS,
     STREAM_TOKENS,
@@ -48,21 +47,11 @@ from longwing.kernels.wna16_cut import (
     by_digits,
     choose_cut,
 )
-from longwing.kernels.wna16_device import make_dense, multiply
-
-DENSE_SLICE = 2**27
-"""Weights made dense at once: 256 MiB."""
+from longwing.kernels.wna16_dense import MAGIC, NUMBERS, multiply_dense
+from longwing.kernels.wna16_device import multiply
 
 ARRANGED = 32
 """Inputs that change places among each other for wide products (`fused_device.arranged`)."""
-
-SLICE_ROWS = 256
-"""A slice's rows are a multiple: whole tiles for cuBLAS."""
-
-NUMBERS = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
-
-MAGIC = {torch.float16: 0x64006400, torch.bfloat16: 0x43004300}
-"""The power of two whose lowest mantissa bit counts 1, in both halves of a word."""
 
 
 def packed_matmul(
@@ -122,7 +111,7 @@ def packed_matmul(
         raise ValueError(f"{what} of {T} tokens; it is for {NARROW_TOKENS} at most")
     if digits is not None:
         digits.check(T, weight.parts[0], x_TK.dtype)
-    after = _After(
+    after = After(
         bias_N=bias_N, norm=norm, act=act, more_TN=more_TN, arrange=arrange, digits=digits
     )
     _multiply(x_TK, weight, cut, after, out_TN, beside=beside, arranged=arranged)
@@ -163,21 +152,8 @@ def packed_matmul_many(
     """
     starts = weight.starts
     out_TN = _new(x_TK, _num_tokens(x_TK), starts[-1])
-    _multiply(x_TK, weight, cut, _After(bias_N=bias_N), out_TN)
+    _multiply(x_TK, weight, cut, After(bias_N=bias_N), out_TN)
     return tuple(out_TN[:, at : at + part] for at, part in zip(starts, weight.parts, strict=False))
-
-
-@dataclass(frozen=True, kw_only=True)
-class _After:
-    """What a product goes through on its way out; see `packed_matmul`."""
-
-    bias_N: Tensor | None = None
-    norm: FoldedNorm | None = None
-    act: str = ""
-    more_TN: Tensor | None = None
-    arrange: bool = False
-    digits: Digits | None = None
-    scaled: Scaled | None = None
 
 
 def _num_tokens(x_TK: Activations) -> int:
@@ -193,7 +169,7 @@ def _multiply(
     x_TK: Activations,
     weight: StreamedWeight,
     cut: Cut | None,
-    after: _After,
+    after: After,
     out_TN: Tensor,
     *,
     beside: Beside | None = None,
@@ -202,7 +178,7 @@ def _multiply(
     _check_input(x_TK, weight)
     T = len(out_TN)
     if cut is None and T > STREAM_TOKENS and isinstance(x_TK, Tensor):
-        _multiply_dense(_ordered(x_TK, weight.order_K), weight, after, out_TN)
+        multiply_dense(weight.ordered(x_TK), weight, after, out_TN)
     elif T > 0:
         cut = cut or choose_cut(weight, T, beside)
         if cut.wide and (after.norm is not None or after.digits is not None):
@@ -232,36 +208,6 @@ def _check_input(x_TK: Activations, weight: StreamedWeight) -> None:
             f"with{'out' if weight.zeros is None else ''} zero points, its inputs in "
             f"{'their own' if weight.order_K is None else 'another'} order, does not take"
         )
-
-
-def dequantize(weight: StreamedWeight, start: int = 0, stop: int | None = None) -> Tensor:
-    """Rows start to stop of the dense (N, K) matrix, its inputs in the weight's order.
-
-    Args:
-        weight: any streamed weight.
-        start: a multiple of TILE_OUT.
-        stop: another; None for the end of all padding.
-
-    Returns:
-        In the type of the activations; equal to what `wna16.dequantize` gives in that type.
-    """
-    stop = weight.starts[-1] if stop is None else stop
-    N, chunks = weight.starts[-1], weight.words.shape[1]
-    dense_NK = weight.scales_GN.new_empty(stop - start, weight.in_features, dtype=weight.dtype)
-    groups, chunks_per_group = _groups(weight)
-    with torch.cuda.device_of(dense_NK):
-        make_dense[(chunks, (stop - start) // TILE_OUT)](
-            *(weight.words, weight.scales_GN, _zeros(weight), dense_NK),
-            *(weight.in_features, N, chunks, chunks_per_group),
-            *(start // TILE_OUT, MAGIC[dense_NK.dtype]),
-            bits=weight.bits,
-            number=NUMBERS[dense_NK.dtype],
-            groups=groups,
-            sym=weight.zeros is None,
-            R=TILE_OUT // CELL_OUT,
-            num_warps=TILE_OUT // CELL_OUT,
-        )
-    return dense_NK
 
 
 class SumOfProducts:
@@ -313,8 +259,8 @@ class SumOfProducts:
             self._starts = [0, *accumulate(cut.splits for cut in self._cuts)]
             shape = (self._starts[-1], len(out_TN), weights[0].starts[-1])
             self._partial = out_TN.new_empty(shape, dtype=torch.float32)
-        self._after = _After(bias_N=bias_N, more_TN=more_TN, scaled=self.scaled)
-        self._after_first = _After(more_TN=out_TN)
+        self._after = After(bias_N=bias_N, more_TN=more_TN, scaled=self.scaled)
+        self._after_first = After(more_TN=out_TN)
         self._begun = False
 
     def __enter__(self) -> Self:
@@ -333,7 +279,7 @@ class SumOfProducts:
             after = self._after_first if self._begun else self._after
             self._begun = True
             if isinstance(x_TK, Tensor) and len(x_TK):
-                _multiply_dense(_ordered(x_TK, weight.order_K), weight, after, self.out_TN)
+                multiply_dense(weight.ordered(x_TK), weight, after, self.out_TN)
             return
         _launch(
             x_TK,
@@ -365,7 +311,7 @@ def _launch(
     x_TK: Activations,
     weight: StreamedWeight,
     cut: Cut,
-    after: _After,
+    after: After,
     out_TN: Tensor,
     shared: _Shared,
     *,
@@ -374,7 +320,7 @@ def _launch(
     x, steps_CT = _as_read(x_TK, weight, cut, arranged=arranged)
     T, K = len(out_TN), x.shape[1] if cut.wide else weight.in_features
     N, chunks = weight.starts[-1], weight.words.shape[1]
-    groups, chunks_per_group = _groups(weight)
+    groups, chunks_per_group = weight.cell_groups
     more_stride = 0 if after.more_TN is None else after.more_TN.stride(0)
     norm = after.norm
     stats, level_N, eps, input_tiles = None, None, 0.0, 1
@@ -386,7 +332,7 @@ def _launch(
     early = may_overlap and shared.all_splits > cut.splits
     with torch.cuda.device_of(x):
         kernel = multiply[(N // TILE_OUT, cut.splits, triton.cdiv(T, cut.tokens))](
-            *(x, steps_CT, weight.words, weight.scales_GN, _zeros(weight)),
+            *(x, steps_CT, weight.words, weight.scales_GN, weight.any_zeros),
             *(stats, level_N, after.bias_N, after.more_TN, out_TN, *_left(after)),
             *(shared.partial, shared.arrivals),
             *(T, K, N, shared.first_split, shared.all_splits),
@@ -423,14 +369,14 @@ def _as_read(
         return digits.digits_3TK, digits.steps_CT
     if isinstance(x_TK, Digits):
         raise ValueError(f"digits for tiles of {cut.tokens} tokens; they are for tiles of 2 or 8")
-    numbers_TK = _ordered(x_TK, weight.order_K)
+    numbers_TK = weight.ordered(x_TK)
     if not arranged:
         numbers_TK = F.pad(numbers_TK, (0, -numbers_TK.shape[1] % ARRANGED))
         numbers_TK = numbers_TK.unflatten(1, (-1, 4, 2, 2, 2)).permute(0, 1, 3, 5, 2, 4).flatten(1)
     return numbers_TK.contiguous(), None
 
 
-def _left(after: _After) -> tuple[Tensor | None, ...]:
+def _left(after: After) -> tuple[Tensor | None, ...]:
     """What a product leaves for those that follow: digits, steps, norms' weights, statistics."""
     digits, scaled = after.digits, after.scaled
     if scaled is not None:
@@ -439,59 +385,3 @@ def _left(after: _After) -> tuple[Tensor | None, ...]:
     if digits is not None:
         return digits.digits_3TK, digits.steps_CT, None, None, None
     return None, None, None, None, None
-
-
-def _multiply_dense(x_TK: Tensor, weight: StreamedWeight, after: _After, out_TN: Tensor) -> None:
-    """Slice by slice: dense, then cuBLAS straight into the result."""
-    for first, end in pairwise(weight.starts):
-        num_slices = math.ceil((end - first) * weight.in_features / DENSE_SLICE)
-        rows = math.ceil((end - first) / num_slices / SLICE_ROWS) * SLICE_ROWS
-        for start in range(first, end, rows):
-            stop = min(start + rows, end)
-            # Never named here: while the next slice is made, this one would still be there.
-            _multiply_slice(
-                x_TK, dequantize(weight, start, stop), after, start, out_TN[:, start:stop]
-            )
-
-
-def _multiply_slice(
-    x_TK: Tensor, dense_NK: Tensor, after: _After, start: int, slice_TN: Tensor
-) -> None:
-    """A slice's product, its outputs from `start` on; rows beyond the result are padding."""
-    dense_KN = dense_NK[: slice_TN.shape[1]].T
-    if after.more_TN is not None and after.bias_N is None and not after.act:
-        more_TN = after.more_TN[:, start : start + slice_TN.shape[1]]
-        torch.addmm(more_TN, x_TK, dense_KN, out=slice_TN)
-    elif after.more_TN is None:
-        torch.mm(x_TK, dense_KN, out=slice_TN)
-        _finish(slice_TN, after, start)
-    else:  # the result may lie where the residual does
-        product_TN = x_TK @ dense_KN
-        _finish(product_TN, after, start)
-        torch.add(product_TN, after.more_TN[:, start : start + slice_TN.shape[1]], out=slice_TN)
-
-
-def _finish(slice_TN: Tensor, after: _After, start: int) -> None:
-    """Bias and activation of a slice that begins at `start`, in place."""
-    if after.bias_N is not None:
-        slice_TN += after.bias_N[start : start + slice_TN.shape[1]]
-    if after.act:
-        activate_(slice_TN, after.act)
-
-
-def _ordered(x_TK: Tensor, order_K: Tensor | None) -> Tensor:
-    return x_TK if order_K is None else x_TK.index_select(-1, order_K)
-
-
-def _groups(weight: StreamedWeight) -> tuple[int, int]:
-    """Scales of a row in a cell, 0 for one in all; and chunks that share one."""
-    if weight.group_size == weight.in_features:
-        return 0, weight.words.shape[1]
-    if weight.group_size < CELL_IN:
-        return CELL_IN // weight.group_size, 1
-    return 1, weight.group_size // CELL_IN
-
-
-def _zeros(weight: StreamedWeight) -> Tensor:
-    """Zero points; without any, a tensor of their type that no kernel will read."""
-    return weight.words if weight.zeros is None else weight.zeros

@@ -56,7 +56,7 @@ Values 1, values minus zeros 2, those in float32 4, the scale of each 4, the pro
 """
 
 DENSE_SLICE = 2**27
-"""Weights that `kernels.wna16_triton` makes dense at once (a test holds it to that)."""
+"""Weights that `kernels.wna16_dense` makes dense at once (a test holds it to that)."""
 
 SLICE_ROWS = 256
 """Outputs that such a slice is a multiple of, likewise."""
