@@ -8,7 +8,7 @@
 # TOKENIZER: a folder with Falcon's tokenizer.json or falcon_tokenizer.json.xz.
 # Parts, all of them without any:
 #   speed   Falcon-40B, 4 bits, groups of 128, cache in bfloat16: decoding, drafts, 24,000 tokens read
-#           in two chunks
+#           in one chunk
 #   cap     the same weights under a hard limit of 24 GiB, 24,576 tokens and an answer
 #   long    3 bits, groups of 128, under the same limit: 100,000 tokens and more
 #   small   Falcon-7B, 4 bits, groups of 64
@@ -41,7 +41,7 @@ for part in ${*:-speed cap long small peers}; do
     speed)
         folder f40 falcon-40b 4 128
         measure falcon40b f40 --batch 1,16,32 --context 1k,24k --prompt 24000 --drafts 1,3,7,15 \
-            --max-batch-tokens 12000 --only decode,drafts,prefill --tokens 16 --repeats 3 ;;
+            --max-batch-tokens 24000 --only decode,drafts,prefill --tokens 16 --repeats 3 ;;
     cap)
         folder f40 falcon-40b 4 128
         measure falcon40b-24gib f40 --gpu-memory 24GiB --kv-dtype int8 --max-batch-tokens 1024 \
@@ -52,7 +52,7 @@ for part in ${*:-speed cap long small peers}; do
             --context 1k,100000 --only decode --tokens 16 --repeats 3 ;;
     small)
         folder f7 falcon-7b 4 64
-        measure falcon7b f7 --batch 1,16 --context 1k,24k --prompt 24000 --max-batch-tokens 12000 \
+        measure falcon7b f7 --batch 1,16 --context 1k,24k --prompt 24000 --max-batch-tokens 24000 \
             --only decode,prefill --tokens 32 --repeats 3 ;;
     peers)
         python3 "$here/peers.py" falcon-7b falcon-40b --out "$out/peers.jsonl" ;;

@@ -176,6 +176,7 @@ RANDOM_OPTIONS = st.fixed_dictionaries(
         "num_pages": st.integers(3, 24),
         "page_len": st.integers(1, 5),
         "max_batch_tokens": st.integers(1, 24),
+        "max_beside_tokens": st.one_of(st.none(), st.integers(1, 24)),
         "max_sequences": st.integers(1, 8),
         "max_waiting": st.integers(1, 12),
         "max_draft": st.integers(0, 5),
@@ -397,6 +398,20 @@ def test_a_prompt_and_the_answer_to_it_lie_in_a_row_even_in_a_full_cache():
         pages = sequence.pages
         simulation.step()
         assert not pages or pages == list(range(pages[0], pages[0] + len(pages)))
+
+
+def test_chunks_are_small_only_while_somebody_waits_for_his_next_token():
+    simulation = Simulation(100, 4, max_batch_tokens=40, max_beside_tokens=6, max_draft=0)
+    short = simulation.add(prompt(4), 3)
+    long = simulation.add(prompt(150, 1), 2)
+    chunks = []
+    while long in simulation.unfinished:
+        decodes = short in simulation.unfinished and short.num_left == 1
+        works = simulation.step()
+        chunks += [(decodes, len(work.token_ids)) for work in works if work.sequence is long]
+    assert chunks[0] == (False, 36)  # beside the short prompt, which is no waiting token
+    assert chunks[1:4] == [(True, 6), (True, 6), (False, 40)]
+    assert sum(chunk for _, chunk in chunks) == 150 + 1
 
 
 # Prefixes.

@@ -173,6 +173,27 @@ def test_bias_activation_and_residual_come_with_the_product(act: str, num_tokens
     assert error < 2 * ROUNDING[x_TK.dtype]
 
 
+@pytest.mark.parametrize("act", ["", "gelu"])
+def test_cublas_is_given_many_tokens_in_pieces(act: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = _weight(4, 256, 70)
+    streamed, x_TK, bias_N = stream([weight], torch.float16), _inputs(301, 256), _inputs(70, seed=2)
+    more_TN = _inputs(301, 70, seed=3)
+    settings = {"bias_N": bias_N if act else None, "act": act, "more_TN": more_TN}
+    whole_TN = triton.packed_matmul(x_TK, streamed, **settings)
+    lens: list[int] = []
+
+    def count(x_TK: Tensor, *rest: Any, multiply: Any = dense._multiply_some) -> None:
+        lens.append(len(x_TK))
+        multiply(x_TK, *rest)
+
+    monkeypatch.setattr(dense, "_multiply_some", count)
+    monkeypatch.setattr(dense, "TOKENS_AT_ONCE", 100)
+    pieces_TN = triton.packed_matmul(x_TK, streamed, **settings)
+    assert lens == [101, 101, 99]
+    error = (pieces_TN.double() - whole_TN.double()).norm() / whole_TN.double().norm()
+    assert error < ROUNDING[torch.float16]
+
+
 @pytest.mark.parametrize(
     ("num_tokens", "backwards"), [(1, False), (1, True), (11, True), (30, False), (260, True)]
 )

@@ -22,10 +22,22 @@ OVERLAPS = ("auto", "on", "off")
 
 DEFAULTS: Mapping[str, Mapping[str, int]] = {
     # More than 4 tokens in a step leave the 4-bit kernel for a form that costs twice as much.
-    "cpu": {"page_len": 32, "max_batch_tokens": 512, "max_draft": 3, "draft_sequences": 1},
+    "cpu": {
+        "page_len": 32,
+        "max_batch_tokens": 512,
+        "max_beside_tokens": 512,
+        "max_draft": 3,
+        "draft_sequences": 1,
+    },
     # A step of up to 8 tokens costs a quarter more than one of 1, of 9 to 16 two fifths more; and
     # four sequences with 7 drafts each are 32 tokens, after which the next size up is 64.
-    "cuda": {"page_len": 128, "max_batch_tokens": 2048, "max_draft": 7, "draft_sequences": 4},
+    "cuda": {
+        "page_len": 128,
+        "max_batch_tokens": 2048,
+        "max_beside_tokens": 2048,
+        "max_draft": 7,
+        "draft_sequences": 4,
+    },
 }
 """What is unset, by the kind of device; measured by bench/serve.py and `longwing bench`."""
 
@@ -67,6 +79,10 @@ class SchedulerOptions:
     max_batch_tokens: int | None = _whole(
         None, 1, 2**20, "Tokens in one step at most: a longer prompt is read in chunks of it. "
         "Unset: 2048 on a GPU, 512 on a CPU."
+    )  # fmt: skip
+    max_beside_tokens: int | None = _whole(
+        None, 1, 2**20, "Tokens of prompts in a step at most while others are being answered: the "
+        "fewer, the sooner comes their next token. Unset: 2048 on a GPU, 512 on a CPU."
     )  # fmt: skip
     max_waiting: int = _whole(1024, 0, 2**20, "Sequences that may wait for their turn.")
     max_draft: int | None = _whole(

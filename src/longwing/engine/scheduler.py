@@ -2,7 +2,8 @@
 
 `schedule` says what to run, the engine runs it, `commit` says what came of it, and `finish` ends a
 sequence at any time. A step decodes first: a token for every sequence whose prompt has been read,
-with drafts where few run (`drafting.py`). What is left of its budget reads prompts, in chunks.
+with drafts where few run (`drafting.py`). What is left of its budget reads prompts, in chunks;
+smaller ones where others wait for their next token.
 
 The one idea: age decides. Sequences are numbered as they come; whoever waits is let in by age, and
 when pages run out it is the newest at work that gives up its own and begins again later
@@ -49,6 +50,7 @@ class Scheduler:
         self.options = options
         # A step must have a token for each at work, or the last of them would never get on.
         self._budget = _set(options, "max_batch_tokens")
+        self._beside = _set(options, "max_beside_tokens")
         self._drafting = Drafting(_set(options, "max_draft"), _set(options, "draft_sequences"))
         self._max_running = min(options.max_sequences, self._budget)
         self._running: list[Sequence] = []  # both oldest first
@@ -137,7 +139,8 @@ class Scheduler:
                 (decoding if sequence.num_left == 1 else reading).append(sequence)
         works = self._decode(decoding)
         if reading:
-            works += self._read(reading, sum(len(work.token_ids) for work in works))
+            room = self._budget - sum(len(work.token_ids) for work in works)
+            works += self._read(reading, min(room, self._beside) if works else room)
         self._num_steps += bool(works)
         return works
 
@@ -351,12 +354,11 @@ class Scheduler:
             return False  # its next tokens hang on the one before
         return not (self._drafting.pays(len(self._running)) and self._drafting.may_come(sequence))
 
-    def _read(self, reading: list[Sequence], num_used: int) -> list[Work]:
+    def _read(self, reading: list[Sequence], budget: int) -> list[Work]:
         """Chunks of prompts: half of the budget for the oldest, half for those with least left.
 
         So a long prompt gets on whatever comes after it, and a short one behind it is read at once.
         """
-        budget = self._budget - num_used
         oldest, *others = reading
         chunk_lens = {oldest: min(oldest.num_left, (budget + 1) // 2)}
         budget -= chunk_lens[oldest]
