@@ -19,7 +19,7 @@ from longwing.kernels import (
     turns,
     write_kv,
 )
-from longwing.kernels.pages import SHARED_CONTEXT
+from longwing.kernels.batches import SHARED_CONTEXT
 
 N, K, H = 6, 2, 8
 

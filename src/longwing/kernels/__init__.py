@@ -14,10 +14,11 @@ from longwing.kernels.attention import (
     turn,
     turns,
 )
+from longwing.kernels.attention_inputs import AttentionInputs, narrowed
 from longwing.kernels.choice import attends_in_triton, chooses_triton
 from longwing.kernels.cpu import CpuWeight, DenseWeight, Int4Weight, Int8Weight
 from longwing.kernels.likeliest import Likeliest, likeliest
-from longwing.kernels.pages import KV_DTYPES, AttentionInputs, KVPages, narrowed, write_kv
+from longwing.kernels.pages import KV_DTYPES, KVPages, write_kv
 from longwing.kernels.rows import take_rows
 from longwing.kernels.streamed import StreamedWeight
 from longwing.kernels.wna16 import (

@@ -1,7 +1,7 @@
 """Rotation and attention in plain PyTorch: over one sequence, and over pages of many.
 
-The meaning, and the CPU path. How keys and values are stored, and which sequences share a call, is
-in `pages.py`.
+The meaning, and the CPU path. How keys and values are stored, and which sequences share a call,
+`pages.py` and `batches.py` say.
 
 Shape key: T packed new tokens, S sequences of one call, C tokens of context, N query heads, K KV
 heads, G query heads of one KV head (N / K), L = T * G, H head dim, F rotary frequencies (H / 2).
@@ -18,7 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from longwing.kernels.pages import SHARED_NEW_LEN, AttentionInputs, Batch, KVPages
+from longwing.kernels.attention_inputs import AttentionInputs
+from longwing.kernels.batches import SHARED_NEW_LEN, Batch
+from longwing.kernels.pages import KVPages
 
 
 @dataclass(frozen=True, kw_only=True)

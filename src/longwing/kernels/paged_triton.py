@@ -32,11 +32,12 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from longwing.errors import RequestError
 from longwing.kernels.attend_triton import attend_tile
 from longwing.kernels.attention import AttentionSpec
+from longwing.kernels.attention_inputs import AttentionInputs
 from longwing.kernels.digits import BLOCK, Digits
 from longwing.kernels.fused_triton import as_digits
 from longwing.kernels.launch import starts_early, take_all_shared
 from longwing.kernels.merge_triton import merge_splits
-from longwing.kernels.pages import AttentionInputs, KVPages
+from longwing.kernels.pages import KVPages
 
 LONG = 8192
 """Keys from which on a batch's attention is bound by their bytes."""
