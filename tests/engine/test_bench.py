@@ -122,6 +122,17 @@ def test_what_the_cache_cannot_hold_is_said_and_not_measured(tiny_folder: Folder
     assert forty.note == "the cache holds 2,048 tokens"
 
 
+def test_a_batch_whose_first_has_ended_before_its_last_begins_is_not_measured(
+    tiny_folder: Folder,
+) -> None:
+    spec = BenchSpec(batches=(2,), contexts=(120,), tokens=2, repeats=1, reads=True)
+    small = replace(OPTIONS, max_beside_tokens=1)
+    bench = bench_of(tiny_folder("falcon-40b"), spec, small)
+    (line,) = (measure() for measure in bench.measurements())
+    assert line.ms is None
+    assert line.note.startswith("1 of 2 at work")
+
+
 def test_quoting_compares_one_answer_with_and_without_drafts(tiny_folder: Folder) -> None:
     spec = BenchSpec(decodes=False, repeats=1)
     bench = bench_of(tiny_folder("llama2"), spec)

@@ -145,7 +145,7 @@ def test_a_step_that_fails_between_two_products_does_not_spoil_the_next(
 
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
-@pytest.mark.parametrize("num_tokens", [1, 2, 5, 16])
+@pytest.mark.parametrize("num_tokens", [1, 2, 5])
 def test_launches_that_overlap_in_a_graph_give_what_one_after_another_gives(
     num_tokens: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -164,8 +164,13 @@ def test_launches_that_overlap_in_a_graph_give_what_one_after_another_gives(
             hidden_TD = block(hidden_TD, None, None)
         return hidden_TD
 
+    from longwing.kernels import wna16_triton
+
     with torch.inference_mode():
-        expected_TD = blocks()
+        with monkeypatch.context() as patch:
+            patch.setattr(wna16_triton, "starts_early", lambda _: False)
+            expected_TD = blocks()
+        assert torch.equal(blocks(), expected_TD)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             hidden_TD = blocks()

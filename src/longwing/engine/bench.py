@@ -175,7 +175,11 @@ class Bench:
             while num_steps < spec.tokens:
                 num_steps += self._step()
             times.append((time.perf_counter() - began) / num_steps)
+        num_running = len(self.engine.scheduler.running)
         self._restart()
+        if num_running < batch:  # who began first was at his end before the last had been read
+            least = "more than 256 tokens a step (max_batch_tokens, max_beside_tokens)"
+            return replace(done, note=f"{num_running} of {batch} at work; read {least}")
         return self._timed(done, times, batch, self._decode_floor(batch, context))
 
     def prefill(self, num_tokens: int) -> Measured:

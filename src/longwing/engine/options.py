@@ -39,7 +39,10 @@ DEFAULTS: Mapping[str, Mapping[str, int]] = {
         "draft_sequences": 4,
     },
 }
-"""What is unset, by the kind of device; measured by bench/serve.py and `longwing bench`."""
+"""What is unset, by the kind of device; measured by bench/serve.py and `longwing bench`.
+
+Nobody reads less beside others than alone unless somebody asks for larger steps.
+"""
 
 LONGEST = 2**30
 

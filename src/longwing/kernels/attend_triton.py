@@ -112,9 +112,9 @@ def attend_tile(
         _pages(table_ptr, whole_to, last_position + 1, PAGE_LEN, KEYS),
     )
     if EARLY:
-        # The merge may come in now and wait. Nothing else lets in what follows it: programs of this
-        # launch that arrive beside those of another come to lie unevenly over the multiprocessors,
-        # and the fullest decides (decoding at batch 32: 36 us instead of 24).
+        # The merge may come in now and wait. No other kernel of attention lets in what follows:
+        # programs of this launch that arrive beside those of another come to lie unevenly over the
+        # multiprocessors, and the fullest decides (decoding at batch 32: 36 us instead of 24).
         gdc.gdc_wait()
         gdc.gdc_launch_dependents()
 

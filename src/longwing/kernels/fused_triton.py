@@ -152,12 +152,13 @@ def _activate(x_TF: Tensor, gate_TF: Tensor | None, out_TF: Tensor | Digits, act
     if T and F:
         gate_stride = 0 if gate_TF is None else gate_TF.stride(0)
         out_stride = out_TF.stride(0) if isinstance(out_TF, Tensor) else 0
-        activate_rows[(T, triton.cdiv(F, BLOCK))](
+        kernel = activate_rows[(T, triton.cdiv(F, BLOCK))](
             *(x_TF, gate_TF, *_room(out_TF), F, x_TF.stride(0), gate_stride, out_stride),
             act=act,
             BLOCK=BLOCK,
             num_warps=8,
         )
+        take_all_shared(kernel)
 
 
 def _room(out: Tensor | Digits) -> tuple[Tensor, Tensor | None]:

@@ -31,8 +31,8 @@ def take_all_shared(kernel: Any) -> None:
 def starts_early(device: torch.device) -> bool:
     """Whether a launch may begin while the one before it ends (Hopper and later).
 
-    A kernel so launched looks up where its work lies, and only then waits for the memory of those
-    before it; so what it looks up must be older than the launch just before. Page tables are.
+    A kernel so launched may look up where its work lies, and only then waits for the memory of
+    those before it; so what it looks up must be older than the launch just before. Page tables are.
     """
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 

@@ -1,7 +1,7 @@
 """The layout in which a GPU streams 2/3/4/8-bit weights, and how to bring a `PackedWeight` into it.
 
-A layout lives with its reader: the kernels are in `wna16_device.py`, their launches in
-`wna16_triton.py`. This file needs neither Triton nor a GPU.
+A layout lives with its reader: the kernels are in `wna16_device.py` and `dense_device.py`, their
+launches in `wna16_triton.py` and `wna16_dense.py`. This file needs neither Triton nor a GPU.
 
 Shape key: T tokens, K in features, N out features, G groups, C chunks of 128 inputs.
 

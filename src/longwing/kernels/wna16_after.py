@@ -13,7 +13,7 @@ from longwing.kernels.norm_fold import FoldedNorm, Scaled
 
 @dataclass(frozen=True, kw_only=True)
 class After:
-    """What a product goes through on its way out; see `packed_matmul`."""
+    """See `packed_matmul`; scaled is where a sum leaves what the norms after it need, if any."""
 
     bias_N: Tensor | None = None
     norm: FoldedNorm | None = None

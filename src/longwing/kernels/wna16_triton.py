@@ -6,10 +6,10 @@ The meaning is `wna16.packed_matmul`. The layout is in `streamed.py`, the device
 Shape key: T tokens, K in features, N out features (padding counted).
 
 The one idea: few tokens stream the packed weights once, and time is bytes; many make a slice of
-them dense and leave the rest to cuBLAS. In between, tiles of 64 tokens stream them again for each
-tile. How a launch is cut up is `wna16_cut.py`'s. For up to 8 tokens activations are `Digits` where
-that pays (`wna16_cut.by_digits`): a product makes them of numbers in a small launch, unless whoever
-made the numbers has left digits.
+them dense and leave the rest to cuBLAS (`wna16_dense.py`). In between, tiles of 64 tokens stream
+them again for each tile. How a launch is cut up is `wna16_cut.py`'s. For up to 8 tokens activations
+are `Digits` where that pays (`wna16_cut.by_digits`): a product makes them of numbers in a small
+launch, unless whoever made the numbers has left digits.
 
 What is the same to the last bit: any run and the next; and, of a launch by itself with weights that
 have no zero points, a row alone and in any batch of up to 8 tokens. Beside others 1 and 2 tokens

@@ -45,6 +45,7 @@ class LoadBody(Body):
     cpu_weights: Word | None = None
     prefix_cache: bool | None = None
     max_batch_tokens: Count | None = None
+    max_beside_tokens: Count | None = None
     max_sequences: Count | None = None
     max_draft: Annotated[int, Field(ge=0, le=64)] | None = None
     num_pages: Count | None = None

@@ -13,7 +13,7 @@ from longwing.server.options import ServerOptions
 from longwing.web.bodies import LoadBody
 
 _PLAIN = ("kv_dtype", "dtype", "device", "cpu_weights", "prefix_cache")
-_WHOLE = ("max_batch_tokens", "max_sequences", "max_draft", "num_pages")
+_WHOLE = ("max_batch_tokens", "max_beside_tokens", "max_sequences", "max_draft", "num_pages")
 _OF_ONE_MODEL: Mapping[str, Any] = {
     "context": None,
     "rope": None,
